@@ -1,0 +1,60 @@
+"""Every error that infopt raises on purpose: what happened, why, and what to write instead."""
+
+
+class InfoptError(ValueError):
+    """The caller, a file or the environment is wrong, and this says how to go on.
+
+    Args:
+      what: one sentence, what was refused.
+      why: the reason (left out when `what` already gives it).
+      fix: what to do or write instead.
+    """
+
+    def __init__(self, what: str, *, why: str = "", fix: str = "") -> None:
+        self.what, self.why, self.fix = what, why, fix
+        lines = [what] + [f"  why: {why}"] * bool(why) + [f"  fix: {fix}"] * bool(fix)
+        super().__init__("\n".join(lines))
+
+    @property
+    def one_line(self) -> str:
+        """The same on one line, for a terminal."""
+        parts = [self.what.rstrip(".")] + [f"why: {self.why}"] * bool(self.why) + [f"fix: {self.fix}"] * bool(self.fix)
+        return "; ".join(" ".join(part.split()) for part in parts)
+
+
+class TransformOrderError(InfoptError):
+    """A transform cannot follow what was applied before it."""
+
+
+class StackSyntaxError(InfoptError):
+    """The text of a stack does not parse, or names something that is not a transform."""
+
+
+class ParamsError(InfoptError):
+    """Params do not fit the stack that they were given to."""
+
+
+class PromptError(InfoptError):
+    """A prompt, its tokens or its lengths cannot be served by this model and state."""
+
+
+class SamplingError(InfoptError):
+    """A sampling option is outside the range where it means something."""
+
+
+class CheckpointError(InfoptError):
+    """A model file is damaged, foreign, or does not hold what its config says."""
+
+
+class FetchError(InfoptError):
+    """A named model could not be found, fetched or kept."""
+
+
+def nearest(name: str, known: "list[str] | tuple[str, ...]") -> str:
+    """`"did you mean 'quantize'? "`, or the known names where none is near."""
+    import difflib
+
+    near = difflib.get_close_matches(name, known, n=2, cutoff=0.5)
+    if near:
+        return "did you mean " + " or ".join(repr(n) for n in near) + "?"
+    return "known: " + ", ".join(sorted(known))
