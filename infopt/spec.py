@@ -1,0 +1,149 @@
+"""Spec and Recipe: what a stack computes, and how its params came about. Static, hashable, JSON-able."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+from infopt.qtensor import Format
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """What a layer sees: the last `size` positions, itself included, and the first `sinks` of the text."""
+
+    size: int
+    sinks: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.size}+{self.sinks} sinks" if self.sinks else f"{self.size}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Llama3Rope:
+    """Llama 3's stretch of the rotary wavelengths.
+
+    Args:
+      factor: wavelengths longer than original_context / low_freq_factor are multiplied by it.
+      low_freq_factor, high_freq_factor: wavelengths shorter than original_context / high_freq_factor stay; between
+        the two, the frequency is interpolated.
+      original_context: positions that the model was first trained on.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_context: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """What every family's config has. A family subclasses it with fields of its own (hashable, JSON-able).
+
+    Args:
+      vocab: words.
+      dim: width of the residual stream.
+      layers: number of layers.
+      heads, kv_heads: query heads, and key/value heads (a divisor of heads).
+      head_dim: width of one head.
+      context: positions that the model was trained on.
+    """
+
+    vocab: int
+    dim: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    context: int
+
+    def __post_init__(self) -> None:
+        from infopt.errors import InfoptError
+
+        for field in ("vocab", "dim", "layers", "heads", "kv_heads", "head_dim", "context"):
+            value = getattr(self, field)
+            if not isinstance(value, int) or value < 1:
+                raise InfoptError(f"{type(self).__name__}: {field}={value!r} is not a positive whole number.")
+        if self.heads % self.kv_heads:
+            raise InfoptError(
+                f"{type(self).__name__}: kv_heads={self.kv_heads} does not divide heads={self.heads}.",
+                why="each key/value head serves an equal share of the query heads.",
+            )
+
+    @property
+    def period(self) -> int:
+        """Layers in one period of the family's layer pattern."""
+        return 1
+
+    def windows(self) -> tuple[Window | None, ...]:
+        """Each layer's own window; None sees everything."""
+        return (None,) * self.layers
+
+
+@dataclasses.dataclass(frozen=True)
+class Speculation:
+    """The program of a speculative stack: the draft's Spec, and how many tokens it guesses a round."""
+
+    draft: Spec
+    k: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """What a stack computes. Equal Specs are built into the same functions.
+
+    Args:
+      family: the name under which the family was defined.
+      config: the family's config.
+      weights: (logical name, Format) of each weight that is not dense, sorted.
+      window: each layer's window, or None.
+      attention: which implementation computes attention.
+      cache: whether keys and values are kept.
+      kv: the codec of keys and values (None: as computed). Apart from `cache`: recomputation goes through it too.
+      page: slots in a page of the cache; None: not paged.
+      program: None is plain decoding.
+    """
+
+    family: str
+    config: Config
+    weights: tuple[tuple[str, Format], ...] = ()
+    window: tuple[Window | None, ...] = ()
+    attention: str = "reference"
+    cache: bool = False
+    kv: Format | None = None
+    page: int | None = None
+    program: Speculation | None = None
+
+    def format_of(self, name: str) -> Format | None:
+        return dict(self.weights).get(name)
+
+    def replace(self, **changes: Any) -> Spec:
+        return dataclasses.replace(self, **changes)
+
+    def to_json(self) -> str:
+        return json.dumps(_plain(self), sort_keys=True)
+
+
+def _plain(x: Any) -> Any:
+    if dataclasses.is_dataclass(x):
+        return {f.name: _plain(getattr(x, f.name)) for f in dataclasses.fields(x)}
+    return [_plain(v) for v in x] if isinstance(x, tuple) else x
+
+
+def oracle(spec: Spec) -> Spec:
+    """The Spec without cache, page, kernels and program; what changes the mathematics stays."""
+    return spec.replace(cache=False, page=None, attention="reference", program=None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How a stack's params came about: each transform's text, and a hash of the arrays it holds ("" for none)."""
+
+    steps: tuple[tuple[str, str], ...] = ()
+
+    def then(self, text: str, digest: str = "") -> Recipe:
+        return Recipe((*self.steps, (text, digest)))
+
+    def __str__(self) -> str:
+        return " | ".join(text for text, _ in self.steps) or "(bare)"
