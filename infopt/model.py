@@ -1,0 +1,833 @@
+"""Model: a Spec, its params and its pure functions; `define` for families; `build` from a Spec to functions."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from infopt import cache as kv
+from infopt import ops
+from infopt.cache import Layout, State
+from infopt.errors import InfoptError, ParamsError, PromptError, nearest
+from infopt.qtensor import Format, is_qtensor, quantize_array
+from infopt.sampling import Sampling, sample
+from infopt.spec import Config, Llama3Rope, Recipe, Spec, Speculation, Window
+from infopt.typing import Array, Params, is_traced
+
+if TYPE_CHECKING:
+    from infopt.transforms.base import Transform
+
+
+@runtime_checkable
+class Attend(Protocol):
+    """Attention as a family's block receives it: positions, lengths, layout, codec and window are already bound."""
+
+    def __call__(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        cache: Any,
+        layer: Any,
+        *,
+        rope: Callable[[Array, Array], Array],
+        scale: float,
+        softcap: float | None = None,
+    ) -> tuple[Array, Any]: ...
+
+
+# ---------------------------------------------------------------------------------------------------------- families
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Family:
+    """A model definition: four pure functions over a config. Made by `define`."""
+
+    name: str
+    config: type[Config]
+    init: Callable[[Any, Array], dict[str, Array]]
+    embed: Callable[[Any, Params, Array], Array]
+    block: Callable[..., tuple[Array, Any]]
+    final: Callable[[Any, Params, Array], Array]
+
+
+FAMILIES: dict[str, Family] = {}
+
+
+def define(
+    name: str,
+    config: type[Config],
+    *,
+    init: Callable[..., dict[str, Array]],
+    embed: Callable[..., Array],
+    block: Callable[..., tuple[Array, Any]],
+    final: Callable[..., Array],
+) -> Family:
+    """Join a family to the library: afterwards every transform works on it.
+
+    Args:
+      name: what a Spec stores. Defining a name again replaces it for models made from then on.
+      config: a frozen dataclass, a subclass of `Config`.
+      init: `(config, key) -> {logical name: weight}`. A layer's weights are named `layers.<i>.<name>`; matrices are
+        `[out, in]`; the embedding is `embed` `[V, D]`; an untied head is `head` `[V, D]`.
+      embed: `(config, params, tokens[B, T]) -> x[B, T, D]`.
+      block: `(config, phase, p, x, layer, attend, cache) -> (x, cache)`, one layer. `p[name]` is a stack of the
+        weights `layers.*.name` and `layer` an index for `ops.linear(x, p[name], layer)`; `phase` is the layer's place
+        in the config's period.
+      final: `(config, params, x) -> hidden`, what the head reads.
+
+    Returns:
+      The family; `Model.of(family, config)` is a model.
+    """
+    if not name.isidentifier():
+        raise InfoptError(f"a family cannot be named {name!r}.", fix="a name like a Python identifier")
+    family = Family(name, config, init, embed, block, final)
+    FAMILIES[name] = family
+    build.cache_clear()
+    _abstract.cache_clear()
+    segments.cache_clear()
+    return family
+
+
+def family_of(spec: Spec) -> Family:
+    if spec.family not in FAMILIES:
+        raise InfoptError(
+            f"no family named {spec.family!r} is defined here.",
+            why=nearest(spec.family, list(FAMILIES)),
+            fix="call ip.define(...) before, as the program that made this Spec did",
+        )
+    return FAMILIES[spec.family]
+
+
+# ------------------------------------------------------------------------------------------------- weights by name
+
+
+@functools.lru_cache(maxsize=256)
+def _abstract(family: str, config: Config) -> dict[str, jax.ShapeDtypeStruct]:
+    init = FAMILIES[family].init
+    return jax.eval_shape(lambda key: init(config, key), jax.random.key(0))
+
+
+def shapes(spec: Spec) -> dict[str, tuple[int, ...]]:
+    """Every logical name of a Spec's weights, with the shape of what it stands for."""
+    family_of(spec)
+    return {name: leaf.shape for name, leaf in _abstract(spec.family, spec.config).items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """A run of blocks of one structure; a block is one period of layers.
+
+    Args:
+      first: its first layer.
+      period: layers in a block.
+      repeats: blocks.
+      names: for each layer of the block, its weights' names within the layer.
+      windows: for each layer of the block, its window.
+    """
+
+    first: int
+    period: int
+    repeats: int
+    names: tuple[tuple[str, ...], ...]
+    windows: tuple[Window | None, ...]
+
+    def layer(self, repeat: int, phase: int) -> int:
+        return self.first + repeat * self.period + phase
+
+
+@functools.lru_cache(maxsize=1024)
+def segments(spec: Spec) -> tuple[Segment, ...]:
+    """The layers as runs of equal blocks: equal in windows, and in their weights' names, shapes and formats."""
+    config, formats = spec.config, dict(spec.weights)
+    layers: list[list[tuple[str, Any, Any]]] = [[] for _ in range(config.layers)]
+    for name, shape in shapes(spec).items():
+        if name.startswith("layers."):
+            _, index, rest = name.split(".", 2)
+            layers[int(index)].append((rest, shape, formats.get(name)))
+    runs: list[tuple[Any, int, int]] = []  # what the block is, its first layer, repeats
+    for first in range(0, config.layers, config.period):
+        last = min(first + config.period, config.layers)
+        block = tuple((tuple(sorted(layers[i], key=lambda w: w[0])), spec.window[i]) for i in range(first, last))
+        if runs and runs[-1][0] == block:
+            runs[-1] = (block, runs[-1][1], runs[-1][2] + 1)
+        else:
+            runs.append((block, first, 1))
+    return tuple(
+        Segment(
+            first,
+            len(block),
+            repeats,
+            tuple(tuple(name for name, _, _ in weights) for weights, _ in block),
+            tuple(window for _, window in block),
+        )
+        for block, first, repeats in runs
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    """A weight not read yet. Where it is a layer of a stack, `stack[index]`, the stack can be shared."""
+
+    get: Callable[[], Any]
+    stack: Any = None
+    index: int | None = None
+
+
+class Weights(Mapping[str, Any]):
+    """A stack's weights by logical name, read one at a time: a conversion never holds a second copy of the whole."""
+
+    def __init__(self, entries: dict[str, _Entry]) -> None:
+        self._entries = entries
+
+    @staticmethod
+    def of(spec: Spec, params: Params) -> Weights:
+        """The weights in `params`, which must be those of `spec`."""
+        if spec.program is not None:
+            target = Weights.of(spec.replace(program=None), params["target"])
+            return target.join("draft.", Weights.of(spec.program.draft, params["draft"]))
+        entries = {n: _Entry(lambda x=x: x) for n, x in params.items() if n != "segments"}
+        for segment, blocks in zip(segments(spec), params["segments"], strict=True):
+            for phase, stacks in enumerate(blocks):
+                for name, stack in stacks.items():
+                    for r in range(segment.repeats):
+                        entries[f"layers.{segment.layer(r, phase)}.{name}"] = _Entry(
+                            lambda stack=stack, r=r: jax.tree.map(lambda leaf: leaf[r], stack), stack, r
+                        )
+        return Weights(entries)
+
+    def __getitem__(self, name: str) -> Any:
+        return self._entries[name].get()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def map(self, names: Iterable[str], change: Callable[[str, Any], Any]) -> Weights:
+        """The same, with `change(name, weight)` in place of each weight of `names`, once it is read."""
+        changed = {n: _Entry(lambda n=n, e=self._entries[n]: change(n, e.get())) for n in names}
+        return Weights(self._entries | changed)
+
+    def join(self, prefix: str, other: Weights) -> Weights:
+        """Both, the other's names behind a prefix."""
+        return Weights(self._entries | {prefix + n: e for n, e in other._entries.items()})
+
+    def under(self, prefix: str) -> Weights:
+        return Weights({n.removeprefix(prefix): e for n, e in self._entries.items() if n.startswith(prefix)})
+
+    def shared_stack(self, names: list[str]) -> Any:
+        """The stack whose layers are exactly `names`, in order, or None."""
+        entries = [self._entries[n] for n in names]
+        stack = entries[0].stack
+        whole = stack is not None and jax.tree.leaves(stack)[0].shape[0] == len(names)
+        return stack if whole and all(e.stack is stack and e.index == i for i, e in enumerate(entries)) else None
+
+
+def assemble(spec: Spec, weights: Mapping[str, Any], platform: str | None = None) -> Params:
+    """Params of a Spec from weights by logical name, each read once and written into its stack.
+
+    Args:
+      spec: the Spec; its formats say which weights must be QTensors.
+      weights: arrays (numpy or JAX) and QTensors, read lazily.
+      platform: `"cpu"`, `"gpu"`, `"tpu"`: whose memory holds the result; JAX's default where None.
+
+    Raises:
+      ParamsError: a name is missing, or a weight's shape or format is not the Spec's.
+    """
+    if spec.program is not None:
+        assert isinstance(weights, Weights)
+        return {
+            "target": assemble(spec.replace(program=None), weights, platform),
+            "draft": assemble(spec.program.draft, weights.under("draft."), platform),
+        }
+    device = None if platform is None else jax.devices(platform)[0]
+    expected, formats = shapes(spec), dict(spec.weights)
+
+    def read(name: str) -> Any:
+        if name not in weights:
+            raise ParamsError(
+                f"the weight {name!r} is missing.",
+                why=f"a {spec.family} of this config has it.",
+                fix=nearest(name, list(weights)),
+            )
+        x = weights[name]
+        _check_weight(name, x, expected[name], formats.get(name), leading=())
+        return x
+
+    def put(x: Any) -> Any:
+        return jax.tree.map(lambda leaf: leaf if is_traced(leaf) else jax.device_put(leaf, device), x)
+
+    def stacked(names: list[str]) -> Any:
+        if isinstance(weights, Weights) and (stack := weights.shared_stack(names)) is not None:
+            return stack
+        first = read(names[0])
+        if any(is_traced(leaf) for leaf in jax.tree.leaves(first)):
+            return jax.tree.map(lambda *leaves: jnp.stack(leaves), first, *map(read, names[1:]))
+        stack = jax.tree.map(lambda leaf: _aligned((len(names), *leaf.shape), leaf.dtype), first)
+        for i, name in enumerate(names):
+            x = first if i == 0 else read(name)
+            jax.tree.map(lambda out, leaf, i=i: np.copyto(out[i], np.asarray(leaf)), stack, x)
+        return stack
+
+    params: Params = {name: put(read(name)) for name in expected if not name.startswith("layers.")}
+    params["segments"] = tuple(
+        tuple(
+            {name: put(stacked([f"layers.{seg.layer(r, phase)}.{name}" for r in range(seg.repeats)])) for name in names}
+            for phase, names in enumerate(seg.names)
+        )
+        for seg in segments(spec)
+    )
+    return params
+
+
+def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An empty array on a 64-byte boundary, which JAX's CPU backend takes over without a copy."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def _check_weight(name: str, x: Any, shape: tuple[int, ...], fmt: Format | None, leading: tuple[int, ...]) -> None:
+    fix = "model.convert(params) with this very model, or params that were converted for it"
+    if fmt is None:
+        if is_qtensor(x):
+            raise ParamsError(f"{name} is packed as {x.format.name}, but this stack computes with it dense.", fix=fix)
+        if tuple(x.shape) != (*leading, *shape):
+            raise ParamsError(f"{name} has shape {tuple(x.shape)}, but this stack needs {(*leading, *shape)}.", fix=fix)
+        return
+    if not is_qtensor(x):
+        raise ParamsError(f"{name} is dense, but this stack computes with it as {fmt.name}.", fix=fix)
+    if x.format != fmt or x.shape != shape or tuple(x.codes.shape[: -len(shape)]) != leading:
+        raise ParamsError(
+            f"{name} is {x.format} of {tuple(x.codes.shape[: -len(shape)]) + x.shape}, "
+            f"but this stack needs {fmt} of {(*leading, *shape)}.",
+            fix=fix,
+        )
+
+
+def check_params(spec: Spec, params: Params) -> None:
+    """Raise ParamsError unless `params` are those of `spec`. Looks at names, shapes and formats only."""
+    if spec.program is not None:
+        if not isinstance(params, Mapping) or set(params) != {"target", "draft"}:
+            raise ParamsError(
+                "a speculative stack's params are a pair, target and draft, and these are not.",
+                fix="params = model.convert(base_params)",
+            )
+        check_params(spec.replace(program=None), params["target"])
+        check_params(spec.program.draft, params["draft"])
+        return
+    expected, formats, segs = shapes(spec), dict(spec.weights), segments(spec)
+    fix = "params of this stack: model.convert(base_params), or model.init(key)"
+    if not isinstance(params, Mapping) or "segments" not in params:
+        raise ParamsError(
+            "these are not one model's params: they have no 'segments'.",
+            why="a speculative stack's pair?" if isinstance(params, Mapping) else "",
+            fix=fix,
+        )
+    top = {n for n in expected if not n.startswith("layers.")} | {"segments"}
+    if set(params) != top:
+        raise ParamsError(
+            f"params have {sorted(set(params) - {'segments'})}, this stack has {sorted(top - {'segments'})}.", fix=fix
+        )
+    for name in top - {"segments"}:
+        _check_weight(name, params[name], expected[name], formats.get(name), ())
+    got = tuple(tuple(tuple(sorted(p)) for p in blocks) for blocks in params["segments"])
+    if got != tuple(tuple(tuple(sorted(n)) for n in seg.names) for seg in segs):
+        raise ParamsError(
+            f"params have {len(got)} segments of layers, this stack has {len(segs)}, or other weights in them.",
+            why="they belong to another stack.",
+            fix=fix,
+        )
+    for seg, blocks in zip(segs, params["segments"], strict=True):
+        for phase, stacks in enumerate(blocks):
+            for name, stack in stacks.items():
+                full = f"layers.{seg.layer(0, phase)}.{name}"
+                _check_weight(full, stack, expected[full], formats.get(full), (seg.repeats,))
+
+
+def trainable(params: Params) -> tuple[Params, Callable[[Params], Params]]:
+    """Split what gradients reach from what they do not.
+
+    Returns:
+      The params with every QTensor taken out, and a function that puts them back.
+
+    >>> import infopt as ip, jax
+    >>> model = ip.quantize(bits=8)(ip.models.llama())
+    >>> dense, join = ip.trainable(model.init(jax.random.key(0)))
+    >>> grads = jax.grad(lambda p: model.apply(join(p), jax.numpy.ones((1, 4), int))[0].sum())(dense)
+    """
+    dense = jax.tree.map(lambda x: None if is_qtensor(x) else x, params, is_leaf=is_qtensor)
+
+    def join(dense: Params) -> Params:
+        return jax.tree.map(
+            lambda x, y: x if is_qtensor(x) else y, params, dense, is_leaf=lambda x: is_qtensor(x) or x is None
+        )
+
+    return dense, join
+
+
+# ----------------------------------------------------------------------------------------------------- the functions
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["tokens", "count", "logprobs"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Emitted:
+    """What one round of decoding gave.
+
+    Args:
+      tokens: `[B, E]`, of which row b has `count[b]`; the others are -1.
+      count: `[B]`.
+      logprobs: `[B, E]` under the model's own log-softmax; NaN where nobody asked.
+    """
+
+    tokens: Any
+    count: Any
+    logprobs: Any
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Functions:
+    """The pure functions of a Spec. Equal Specs give the same objects, so that compilations are shared."""
+
+    init_state: Callable[..., State]
+    hidden: Callable[..., tuple[Array, State]]
+    head: Callable[[Params, Array], Array]
+    apply: Callable[..., tuple[Array, State]]
+    decode: Callable[..., tuple[Emitted, State]]
+    lookahead: int
+
+
+def window_groups(spec: Spec) -> tuple[Window | None, ...]:
+    """The distinct windows of a Spec's layers, in order: one layout and one block table for each."""
+    return tuple(dict.fromkeys(spec.window))
+
+
+@functools.lru_cache(maxsize=1024)
+def build(spec: Spec) -> Functions:
+    """The functions that compute a Spec."""
+    return _build_plain(spec) if spec.program is None else _build_speculative(spec, spec.program)
+
+
+def _check_tokens(tokens: Any, state: State) -> None:
+    if tokens.ndim != 2 or tokens.shape[0] != state.batch or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise PromptError(
+            f"tokens are {tokens.dtype}{list(tokens.shape)}.",
+            fix=f"whole numbers [B, T] with B = {state.batch}, as in init_state(batch={state.batch}, ...)",
+        )
+    if tokens.shape[1] > (state.lookahead or state.max_len):
+        bound = f"a ring that looks ahead {state.lookahead}" if state.lookahead else f"a state of {state.max_len}"
+        raise PromptError(
+            f"{tokens.shape[1]} tokens at once do not fit {bound}.",
+            why="a longer chunk would overwrite keys that its own first tokens still see." if state.lookahead else "",
+            fix=f"init_state(..., chunk={tokens.shape[1]}), or shorter chunks"
+            if state.lookahead
+            else f"init_state(max_len={tokens.shape[1]})",
+        )
+
+
+def _build_plain(spec: Spec) -> Functions:
+    family, config, groups = family_of(spec), spec.config, window_groups(spec)
+
+    def init_state(batch: int, max_len: int, chunk: int | None = None, dtype: Any = jnp.float32) -> State:
+        """An empty state of `batch` rows of at most `max_len` tokens.
+
+        Args:
+          chunk: the most tokens that one call will append (a ring is sized by it); 128, or max_len if that is less.
+          dtype: of keys and values without a codec.
+        """
+        if batch < 1 or max_len < 1 or (chunk is not None and chunk < 1):
+            raise PromptError(
+                f"a state of {batch} rows, {max_len} tokens and chunks of {chunk} is empty.", fix="all >= 1"
+            )
+        check_length(spec, max_len)
+        layouts: tuple[Layout, ...] = ()
+        caches: tuple[Any, ...] = ()
+        if spec.cache:
+            layouts = tuple(Layout.plan(w, max_len, min(chunk or 128, max_len), spec.page) for w in groups)
+            caches = tuple(
+                tuple(
+                    tuple(
+                        kv.empty(
+                            layouts[groups.index(w)],
+                            seg.repeats,
+                            batch,
+                            config.kv_heads,
+                            config.head_dim,
+                            spec.kv,
+                            dtype,
+                        )
+                        for _ in ("keys", "values")
+                    )
+                    for w in seg.windows
+                )
+                for seg in segments(spec)
+            )
+        tables = tuple(kv.identity_table(layout, batch) for layout in layouts if layout.page is not None)
+        return State(
+            jnp.zeros(batch, jnp.int32),
+            jnp.zeros(batch, jnp.int32),
+            jnp.zeros((batch, max_len), jnp.int32),
+            caches,
+            tables,
+            layouts,
+        )
+
+    def run(params: Params, tokens: Array, context: ops.Context, state: State | None) -> tuple[Array, Any]:
+        x = family.embed(config, params, tokens)
+        caches: list[Any] = []
+        for n, (seg, stacks) in enumerate(zip(segments(spec), params["segments"], strict=True)):
+            attends: list[Attend] = []
+            for window in seg.windows:
+                bound = dataclasses.replace(context, window=window)
+                if state is not None:
+                    g = groups.index(window)
+                    bound = dataclasses.replace(
+                        bound, layout=state.layouts[g], table=state.tables[g] if state.tables else None
+                    )
+                attends.append(functools.partial(ops.attend, context=bound))
+
+            def layers(x: Array, p: Any, layer: Any, cache: Any, attends: Any = attends) -> tuple[Array, Any]:
+                new = []
+                for phase, attend in enumerate(attends):
+                    x, c = family.block(
+                        config, phase, p[phase], x, layer, attend, None if cache is None else cache[phase]
+                    )
+                    new.append(c)
+                return x, tuple(new)
+
+            if state is None:  # over slices: what gradients want
+                x, _ = jax.lax.scan(lambda x, p, f=layers: (f(x, p, None, None)[0], None), x, stacks)
+            else:  # over an index: weights are not copied before a kernel, and the cache is updated in place
+                (x, new), _ = jax.lax.scan(
+                    lambda carry, i, f=layers, p=stacks: (f(carry[0], p, i, carry[1]), None),
+                    (x, state.kv[n]),
+                    jnp.arange(seg.repeats, dtype=jnp.int32),
+                )
+                caches.append(new)
+        return family.final(config, params, x), tuple(caches)
+
+    def hidden(params: Params, tokens: Array, state: State, count: Array | None = None) -> tuple[Array, State]:
+        """Append the first `count[b]` tokens of each row (all by default).
+
+        Args:
+          tokens: `[B, T]`.
+          state: donate it; a row with count 0 is left as it is.
+          count: `[B]`.
+
+        Returns:
+          `[B, T, D]` (beyond a row's count: meaningless) and the new state.
+        """
+        check_params(spec, params)
+        _check_tokens(tokens, state)
+        tokens = tokens.astype(jnp.int32)
+        batch, length = tokens.shape
+        steps = jnp.arange(length, dtype=jnp.int32)[None]
+        positions = state.lengths[:, None] + steps
+        count = jnp.full(batch, length, jnp.int32) if count is None else count.astype(jnp.int32)
+        keep = (steps < count[:, None]) & (positions < state.max_len)
+        rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
+        history = state.tokens.at[rows, jnp.where(keep, positions, 2**30)].set(tokens, mode="drop")
+        lengths = jnp.minimum(state.lengths + jnp.clip(count, 0, length), state.max_len)
+        if spec.cache:
+            context = ops.Context(positions, keep, lengths, None, spec.kv)
+            x, caches = run(params, tokens, context, state)
+        else:
+            every = jnp.broadcast_to(jnp.arange(state.max_len, dtype=jnp.int32)[None], history.shape)
+            context = ops.Context(every, every < lengths[:, None], lengths, None, spec.kv)
+            x, caches = run(params, history, context, None)
+            x = jnp.take_along_axis(x, jnp.minimum(positions, state.max_len - 1)[..., None], axis=1)
+        return x, state.replace(lengths=lengths, peak=jnp.maximum(state.peak, lengths), tokens=history, kv=caches)
+
+    def head(params: Params, hidden: Array) -> Array:
+        """`[..., D] -> [..., V]`, float32."""
+        table = params["head"] if "head" in params else params["embed"]
+        return ops.linear(hidden, table).astype(jnp.float32)
+
+    def apply(params: Params, tokens: Array, state: State | None = None, count: Array | None = None):
+        """Logits `[B, T, V]` of the tokens appended, and the new state; without a state, of a fresh one."""
+        if state is None:
+            state = init_state(tokens.shape[0], tokens.shape[1], tokens.shape[1])
+        x, state = hidden(params, tokens, state, count)
+        return head(params, x), state
+
+    def decode(params: Params, last: Array, state: State, sampling: Sampling, active: Array | None = None):
+        """One round: append `last[b]`, emit the token that follows it. A row that is not active is left as it is."""
+        count = jnp.ones(last.shape, jnp.int32) if active is None else active.astype(jnp.int32)
+        x, state = hidden(params, last[:, None], state, count)
+        token, logprob = sample(head(params, x), sampling, state.tokens, state.lengths[:, None])
+        return Emitted(jnp.where(count[:, None] > 0, token, -1), count, logprob), state
+
+    return Functions(init_state, hidden, head, apply, decode, lookahead=1)
+
+
+def _build_speculative(spec: Spec, program: Speculation) -> Functions:
+    """A draft guesses k tokens, the target checks them in one call; both draw with the noise of (seed, position).
+
+    The draft's guess is accepted where it is the very token that the target draws there, so what is emitted is what
+    plain decoding emits, whatever the draft and k (Leviathan et al. 2023, with the coupling of a shared Gumbel draw).
+    """
+    target, draft, k = build(spec.replace(program=None)), build(program.draft), program.k
+
+    def split(state: State) -> tuple[State, State]:
+        one, two = (state.replace(kv=state.kv[i], tables=state.tables[i], layouts=state.layouts[i]) for i in (0, 1))
+        return one, two
+
+    def join(one: State, two: State) -> State:
+        return one.replace(kv=(one.kv, two.kv), tables=(one.tables, two.tables), layouts=(one.layouts, two.layouts))
+
+    def init_state(batch: int, max_len: int, chunk: int | None = None, dtype: Any = jnp.float32) -> State:
+        """Both models' states in one: lengths and tokens are shared."""
+        chunk = max(chunk or 128, k + 1)
+        return join(target.init_state(batch, max_len, chunk, dtype), draft.init_state(batch, max_len, chunk, dtype))
+
+    def hidden(params: Params, tokens: Array, state: State, count: Array | None = None) -> tuple[Array, State]:
+        """Append to both; the target's hidden states."""
+        check_params(spec, params)
+        one, two = split(state)
+        x, one = target.hidden(params["target"], tokens, one, count)
+        _, two = draft.hidden(params["draft"], tokens, two, count)
+        return x, join(one, two)
+
+    def head(params: Params, hidden: Array) -> Array:
+        return target.head(params["target"], hidden)
+
+    def apply(params: Params, tokens: Array, state: State | None = None, count: Array | None = None):
+        """Logits `[B, T, V]` of the target, and both states."""
+        if state is None:
+            state = init_state(tokens.shape[0], tokens.shape[1], tokens.shape[1])
+        x, state = hidden(params, tokens, state, count)
+        return head(params, x), state
+
+    def decode(params: Params, last: Array, state: State, sampling: Sampling, active: Array | None = None):
+        """One round: between 1 and k + 1 tokens a row."""
+        check_params(spec, params)
+        active = jnp.ones(last.shape, bool) if active is None else active
+        start = state.lengths
+        one, two = split(state)
+
+        def guess(carry: tuple[State, Array], _: None) -> tuple[tuple[State, Array], Array]:
+            # k + 1 steps, the last only to store its token: draft and target then hold the same text
+            emitted, two = draft.decode(params["draft"], carry[1], carry[0], sampling, active)
+            token = jnp.where(active, emitted.tokens[:, 0], 0)
+            return (two, token), token
+
+        (two, _), guesses = jax.lax.scan(guess, (two, last), None, length=k + 1)
+        guesses = guesses.T[:, :k]
+        tokens = jnp.concatenate([last[:, None], guesses], 1)
+        x, one = target.hidden(params["target"], tokens, one, jnp.where(active, k + 1, 0))
+        drawn, logprobs = sample(
+            target.head(params["target"], x),
+            sampling,
+            one.tokens,
+            start[:, None] + jnp.arange(1, k + 2, dtype=jnp.int32)[None],
+        )
+        accepted = jnp.sum(jnp.cumprod((drawn[:, :k] == guesses).astype(jnp.int32), 1), 1)
+        if sampling.mask is not None:
+            accepted = jnp.where(jnp.all(sampling.mask, -1), accepted, 0)
+        count = jnp.where(active, accepted + 1, 0)
+        emitted = jnp.where(jnp.arange(k + 1, dtype=jnp.int32)[None] < count[:, None], drawn, -1)
+        state = join(one, two)
+        return Emitted(emitted, count, logprobs), state.replace(lengths=start + count)
+
+    return Functions(init_state, hidden, head, apply, decode, lookahead=k + 1)
+
+
+def check_length(spec: Spec, length: int) -> None:
+    """Raise unless texts of `length` tokens stay inside the trained context, or every layer has a window within it."""
+    context = spec.config.context
+    if length > context and any(w is None or w.size > context for w in spec.window):
+        raise PromptError(
+            f"{length} tokens exceed the model's context of {context}.",
+            why="some layers see all of the text, at distances that they were not trained on.",
+            fix=f"at most {context} tokens, or sliding_window({context // 2}, sinks=4) to go on for ever",
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------ model
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """Data (a Spec, how its params came about, a tokenizer) whose functions are `build(spec)`'s.
+
+    Args:
+      spec: what it computes.
+      recipe: how its params came about.
+      tokenizer: or None: then text is an error, and token ids are fine.
+      parent, transform: the model that it was made from, and by what; None for a base model.
+    """
+
+    spec: Spec
+    recipe: Recipe = dataclasses.field(default_factory=Recipe)
+    tokenizer: Any = None
+    parent: Model | None = dataclasses.field(default=None, compare=False, repr=False)
+    transform: Transform | None = dataclasses.field(default=None, compare=False, repr=False)
+
+    @staticmethod
+    def of(
+        family: Family, config: Config, tokenizer: Any = None, weights: tuple[tuple[str, Format], ...] = ()
+    ) -> Model:
+        """A base model: a family and a config (and the formats of weights that a file holds packed)."""
+        return Model(Spec(family.name, config, tuple(sorted(weights)), config.windows()), Recipe(), tokenizer)
+
+    @property
+    def init_state(self) -> Callable[..., State]:
+        return build(self.spec).init_state
+
+    @property
+    def hidden(self) -> Callable[..., tuple[Array, State]]:
+        return build(self.spec).hidden
+
+    @property
+    def head(self) -> Callable[[Params, Array], Array]:
+        return build(self.spec).head
+
+    @property
+    def apply(self) -> Callable[..., tuple[Array, State]]:
+        return build(self.spec).apply
+
+    @property
+    def decode(self) -> Callable[..., tuple[Emitted, State]]:
+        return build(self.spec).decode
+
+    @property
+    def base(self) -> Model:
+        return self if self.parent is None else self.parent.base
+
+    @property
+    def exact(self) -> bool:
+        """Whether every transform since the base gives what it was given, to float rounding."""
+        return self.transform is None or (self.transform.exact and self.parent is not None and self.parent.exact)
+
+    def init(self, key: Array) -> Params:
+        """Random params: the base's, converted."""
+        base, spec = self.base, self.base.spec
+        weights = family_of(spec).init(spec.config, key)
+        packed = {n: quantize_array(weights[n], f, trailing=2) for n, f in spec.weights}
+        return self.convert(assemble(base.spec, weights | packed))
+
+    def convert(self, params: Params, source: Model | None = None, platform: str | None = None, **extra: Any) -> Params:
+        """Params of this stack, from those of the base, or of an ancestor.
+
+        Args:
+          params: the params of `source`.
+          source: the base model by default; an ancestor whose own params are to be kept (after training, say).
+          platform: whose memory holds the result, `"cpu"`, `"gpu"` or `"tpu"`.
+          extra: what a transform asks for, as `draft=` for `speculative(draft=model)`.
+
+        Raises:
+          ParamsError: params are not the source's, the source is no ancestor, or an extra is missing or unknown.
+        """
+        chain: list[Model] = []
+        model = self
+        while model.parent is not None and (source is None or model != source):
+            chain.append(model)
+            model = model.parent
+        if source is not None and model != source:
+            raise ParamsError(
+                f"{source.recipe} is no ancestor of {self.recipe}.",
+                fix="a model that this one was made from by transforms",
+            )
+        wanted = {name for m in chain if m.transform is not None for name in m.transform.extras}
+        if set(extra) != wanted:
+            raise ParamsError(
+                f"convert was given {sorted(extra) or 'no extra params'}, this stack needs {sorted(wanted) or 'none'}.",
+                fix="convert(params" + "".join(f", {n}={n}_params" for n in sorted(wanted)) + ")",
+            )
+        check_params(model.spec, params)
+        weights = Weights.of(model.spec, params)
+        for m in reversed(chain):
+            assert m.parent is not None and m.transform is not None
+            weights = m.transform.params(weights, m.parent, m.spec, **{n: extra[n] for n in m.transform.extras})
+        return assemble(self.spec, weights, platform)
+
+    def weight_bytes(self) -> int:
+        """Bytes of all weights, at 4 a dense value."""
+        return _weight_bytes(self.spec)
+
+    def token_bytes(self) -> int:
+        """Bytes that one more token takes in the cache while no window is full, at 4 a value without a codec."""
+        return _token_bytes(self.spec)
+
+    def __repr__(self) -> str:
+        values = sum(int(np.prod(s)) for s in shapes(self.spec).values())
+        if self.spec.program:
+            values += sum(int(np.prod(s)) for s in shapes(self.spec.program.draft).values())
+        size = f"{self.weight_bytes() / values:.2f} bytes a weight ({_human(self.weight_bytes())})"
+        cached = f"{_human(self.token_bytes())} a token" if self.spec.cache else "no cache"
+        c = self.spec.config
+        return (
+            f"{self.spec.family} {c.layers} x {c.dim} | {self.recipe}\n"
+            f"  {size}, {cached}, {'exact' if self.exact else 'not exact'}"
+        )
+
+
+def _human(n: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if n < 1000:
+            return f"{n:.4g} {unit}"
+        n /= 1000
+    return f"{n:.4g} GB"
+
+
+def _weight_bytes(spec: Spec) -> int:
+    formats, total = dict(spec.weights), 0.0
+    for name, shape in shapes(spec).items():
+        each = formats[name].bytes_per_value(shape[-1]) if name in formats else 4
+        total += np.prod(shape) * each
+    return int(total) + (_weight_bytes(spec.program.draft) if spec.program else 0)
+
+
+def _token_bytes(spec: Spec) -> int:
+    c = spec.config
+    each = 4 if spec.kv is None else spec.kv.bytes_per_value(c.head_dim)
+    own = int(2 * c.layers * c.kv_heads * c.head_dim * each) if spec.cache else 0
+    return own + (_token_bytes(spec.program.draft) if spec.program else 0)
+
+
+def spec_from_json(text: str) -> Spec:
+    """The Spec that `Spec.to_json` wrote; its family must be defined.
+
+    >>> import infopt as ip
+    >>> spec = ip.quantize(bits=8)(ip.models.gemma3()).spec
+    >>> spec_from_json(spec.to_json()) == spec
+    True
+    """
+
+    def fmt(x: Any) -> Format | None:
+        return None if x is None else Format(**x)
+
+    def window(x: Any) -> Window | None:
+        return None if x is None else Window(**x)
+
+    def spec(x: Any) -> Spec:
+        config: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in x["config"].items()}
+        if config.get("rope_scaling"):
+            config["rope_scaling"] = Llama3Rope(**config["rope_scaling"])
+        if x["family"] not in FAMILIES:
+            raise InfoptError(
+                f"no family named {x['family']!r} is defined here.", fix=nearest(x["family"], list(FAMILIES))
+            )
+        return Spec(
+            x["family"],
+            FAMILIES[x["family"]].config(**config),
+            tuple((n, Format(**f)) for n, f in x["weights"]),
+            tuple(map(window, x["window"])),
+            x["attention"],
+            x["cache"],
+            fmt(x["kv"]),
+            x["page"],
+            None if x["program"] is None else Speculation(spec(x["program"]["draft"]), x["program"]["k"]),
+        )
+
+    return spec(json.loads(text))

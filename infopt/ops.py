@@ -1,0 +1,198 @@
+"""The only dispatch: `linear`, `embed` and `attend` ask how a weight or a cache is stored; families never do."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from infopt import cache as kv
+from infopt.masks import allowed, sink_query_position
+from infopt.qtensor import Format, _no_gradient, dequantize_array, is_qtensor, round_trip
+from infopt.spec import Llama3Rope, Window
+from infopt.typing import Array, Float, Int
+
+Rope = Callable[[Array, Array], Array]
+
+
+def _at(w: Any, layer: Any) -> Any:
+    """One layer of a stack; the weight itself where `layer` is None."""
+    if layer is None:
+        return w
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, layer, 0, keepdims=False), w)
+
+
+def linear(x: Float[Array, "*B I"], weights: Any, layer: Any = None) -> Any:
+    """x @ w.T, for a weight `[O, I]` dense or packed, or for a tuple of weights that share their input.
+
+    Args:
+      x: `[..., I]`.
+      weights: an array or QTensor, or a tuple of them; with `layer`, stacks `[L, O, I]`.
+      layer: which layer of the stacks; None where `weights` is one layer.
+
+    Returns:
+      `[..., O]`, or a tuple of them.
+    """
+    if isinstance(weights, tuple):
+        return tuple(linear(x, w, layer) for w in weights)
+    w = _at(weights, layer)
+    if is_qtensor(w):
+        w = dataclasses.replace(w, scale=_no_gradient(w.scale))
+        # The barrier keeps XLA from unpacking inside the product, once for each row of x.
+        w = jax.lax.optimization_barrier(dequantize_array(w, x.dtype))
+    return jax.lax.dot_general(x, w.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
+
+
+def embed(table: Any, tokens: Int[Array, "*B"]) -> Float[Array, "*B D"]:
+    """Rows of a table `[V, D]`, dense or packed."""
+    rows = jax.tree.map(lambda leaf: leaf[tokens], table)
+    return dequantize_array(rows) if is_qtensor(rows) else rows
+
+
+def rms_norm(x: Float[Array, "*B D"], weight: Any, layer: Any, eps: float, offset: float = 0.0) -> Float[Array, "*B D"]:
+    """x / sqrt(mean(x^2) + eps) * (weight + offset), in float32 (Zhang & Sennrich 2019)."""
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + eps)
+    w = _at(weight, layer).astype(jnp.float32) + offset
+    return (y * jnp.broadcast_to(w, y.shape)).astype(x.dtype)
+
+
+def split_heads(x: Float[Array, "B T HD"], width: int) -> Float[Array, "B T H D"]:
+    return x.reshape(*x.shape[:-1], -1, width)
+
+
+def join_heads(x: Float[Array, "B T H D"]) -> Float[Array, "B T HD"]:
+    return x.reshape(*x.shape[:-2], -1)
+
+
+def rope_frequencies(width: int, theta: float, scaling: Llama3Rope | None = None, factor: float = 1.0) -> np.ndarray:
+    """Radians a position for each pair of a head's values, `[D / 2]`, float32."""
+    f = theta ** (-np.arange(0, width, 2, dtype=np.float64) / width) / factor
+    if scaling is not None:
+        turns = scaling.original_context * f / (2 * math.pi)
+        blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        blend = np.clip(blend, 0.0, 1.0)
+        f = f * blend + f / scaling.factor * (1 - blend)
+    return f.astype(np.float32)
+
+
+def rope(
+    x: Float[Array, "B T H D"],
+    positions: Int[Array, "B T"],
+    theta: float,
+    *,
+    scaling: Llama3Rope | None = None,
+    factor: float = 1.0,
+) -> Float[Array, "B T H D"]:
+    """Turn each pair (x[i], x[i + D/2]) by position * theta ** (-2i / D) (Su et al. 2021, "RoFormer", eq. 34).
+
+    Args:
+      x: queries or keys.
+      positions: absolute positions.
+      theta: base of the wavelengths.
+      scaling: Llama 3's stretch of the long ones.
+      factor: positions are divided by it.
+    """
+    f = jnp.asarray(rope_frequencies(x.shape[-1], theta, scaling, factor))
+    angle = positions.astype(jnp.float32)[:, :, None, None] * f.reshape(1, 1, 1, -1)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    a, b = jnp.split(x.astype(jnp.float32), 2, -1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What is already bound when a family calls `attend`.
+
+    Args:
+      positions: `[B, T]` of the tokens given.
+      keep: `[B, T]` which of them are real; the others are padding.
+      lengths: `[B]` after them.
+      window: the layer's.
+      codec: of keys and values; None keeps them as they are.
+      layout: of the layer's cache; None where there is no cache.
+      table: `[B, pages]`, where the layout is paged.
+    """
+
+    positions: Any
+    keep: Any
+    lengths: Any
+    window: Window | None
+    codec: Format | None
+    layout: kv.Layout | None = None
+    table: Any = None
+
+
+def attend(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B T K D"],
+    v: Float[Array, "B T K D"],
+    cache: Any,
+    layer: Any,
+    *,
+    rope: Rope,
+    scale: float,
+    softcap: float | None = None,
+    context: Context,
+) -> tuple[Array, Any]:
+    """Causal attention of the tokens given over all that the row has seen; keys and values are stored on the way.
+
+    Keys and values go through the codec before they are used, so that prefill in chunks, decoding and recomputation
+    see the same numbers.
+
+    Args:
+      q: queries, not rotated yet.
+      k, v: keys (not rotated yet) and values.
+      cache: the whole stack's `(keys, values)`, or None.
+      layer: index into the stack.
+      rope: rotates queries and keys to positions.
+      scale: multiplies scores.
+      softcap: scores become softcap * tanh(score / softcap).
+      context: bound by `build`.
+
+    Returns:
+      `[B, T, H, D]` and the cache.
+    """
+    c = context
+    k = rope(k, c.positions)
+    if c.layout is None:
+        k, v = round_trip(k, c.codec), round_trip(v, c.codec)
+        key_positions = jnp.where(c.keep, c.positions, -1)
+    else:
+        cache = tuple(
+            kv.write(old, kv.encode(new, c.codec), layer, c.layout, c.table, c.positions, c.keep)
+            for old, new in zip(cache, (k, v), strict=True)
+        )
+        k, v = (kv.decode(kv.read(x, layer, c.layout, c.table), q.dtype).astype(q.dtype) for x in cache)
+        key_positions = c.layout.positions(c.lengths)
+
+    def scores(query: Array, keys: Array) -> Array:
+        grouped = query.reshape(*query.shape[:2], keys.shape[2], -1, query.shape[-1])
+        return jnp.einsum("btkgd,bskd->bkgts", grouped, keys, preferred_element_type=jnp.float32)
+
+    s = scores(rope(q, c.positions), k)
+    if c.window is not None and c.window.sinks:
+        n = min(c.window.sinks, k.shape[1])  # slots 0..n-1 hold positions 0..n-1 in every layout
+        s = s.at[..., :n].set(scores(rope(q, sink_query_position(c.positions, c.window)), k[:, :n]))
+    s = s * scale
+    if softcap is not None:
+        s = jnp.tanh(s / softcap) * softcap
+    seen = allowed(c.positions, key_positions, c.window)[:, None, None]
+    p = jax.nn.softmax(jnp.where(seen, s, -1e30), -1).astype(v.dtype)
+    return jnp.einsum("bkgts,bskd->btkgd", p, v).reshape(q.shape), cache
+
+
+def random_weights(key: Array, shapes: dict[str, tuple[int, ...]], norm: float = 1.0) -> dict[str, Array]:
+    """Normal weights: matrices by 1 / sqrt(fan-in), vectors (norms) near `norm`."""
+    keys = jax.random.split(key, len(shapes))
+    return {
+        name: jax.random.normal(k, shape, jnp.float32) * shape[-1] ** -0.5
+        if len(shape) > 1
+        else norm + 0.1 * jax.random.normal(k, shape, jnp.float32)
+        for k, (name, shape) in zip(keys, shapes.items(), strict=True)
+    }
