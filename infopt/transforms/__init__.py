@@ -1,0 +1,25 @@
+"""The transforms: one file each. Siblings never import each other; `base` is what they share."""
+
+from infopt.transforms.base import Transform, compose
+from infopt.transforms.cache_kv import cache_kv
+from infopt.transforms.dequantize import dequantize
+from infopt.transforms.gqa import gqa
+from infopt.transforms.paged import paged
+from infopt.transforms.parse import parse_stack
+from infopt.transforms.quantize import quantize
+from infopt.transforms.sliding_window import sliding_window
+from infopt.transforms.speculative import self_draft, speculative
+
+__all__ = [
+    "Transform",
+    "cache_kv",
+    "compose",
+    "dequantize",
+    "gqa",
+    "paged",
+    "parse_stack",
+    "quantize",
+    "self_draft",
+    "sliding_window",
+    "speculative",
+]

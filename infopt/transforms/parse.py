@@ -1,0 +1,95 @@
+"""A stack as text: parsed, never evaluated."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from infopt.errors import StackSyntaxError, nearest
+from infopt.transforms.base import Transform, compose
+from infopt.transforms.cache_kv import cache_kv
+from infopt.transforms.dequantize import dequantize
+from infopt.transforms.gqa import gqa
+from infopt.transforms.paged import paged
+from infopt.transforms.quantize import quantize
+from infopt.transforms.sliding_window import sliding_window
+from infopt.transforms.speculative import self_draft, speculative
+
+FACTORIES: dict[str, Callable[..., Any]] = {
+    f.__name__: f for f in (quantize, dequantize, cache_kv, gqa, sliding_window, paged, speculative, self_draft)
+}
+"""What a stack's text may name. A transform joins by one line here."""
+
+_EXAMPLE = "quantize(bits=8) | cache_kv()"
+
+
+def parse_stack(text: str) -> Transform:
+    """The transform that a text describes: calls joined by `|`, with literal arguments or calls inside.
+
+    Args:
+      text: as `"quantize(bits=8) | sliding_window(256, sinks=4) | cache_kv(bits=8)"`; "" is no transform.
+
+    Raises:
+      StackSyntaxError: it does not parse, names what is no transform, or holds anything but literals.
+
+    >>> parse_stack("gqa(1) | cache_kv()")
+    gqa(kv_heads=1) | cache_kv()
+    """
+    if not text.strip():
+        return compose()
+    if len(text) > 2000:
+        raise StackSyntaxError(f"a stack's text of {len(text)} characters.", fix="at most 2000")
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
+        raise StackSyntaxError(
+            f"cannot read the stack {text!r}: {e.args[0] if e.args else 'too deep'}.",
+            fix=f"transforms joined by |, as in {_EXAMPLE!r}",
+        ) from None
+    result = _read(tree)
+    if not isinstance(result, Transform):
+        raise StackSyntaxError(f"{text!r} is not a transform.", fix=f"transforms joined by |, as in {_EXAMPLE!r}")
+    return result
+
+
+def _read(node: ast.expr) -> Any:
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+        sides = [_read(node.left), _read(node.right)]
+        for side in sides:
+            if not isinstance(side, Transform):
+                raise StackSyntaxError(
+                    f"{side!r} is not a transform.", fix=f"transforms joined by |, as in {_EXAMPLE!r}"
+                )
+        return compose(*sides)
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        return _call(node.func.id, node)
+    if isinstance(node, ast.Name):
+        raise StackSyntaxError(f"{node.id!r} in a stack's text is not a call.", fix=f"{node.id}(), or a literal value")
+    try:
+        return ast.literal_eval(node)
+    except (ValueError, TypeError, RecursionError):
+        raise StackSyntaxError(
+            f"{ast.unparse(node)[:60]!r} is code, and a stack's text is not evaluated.",
+            fix=f"literal arguments only, as in {_EXAMPLE!r}",
+        ) from None
+
+
+def _call(name: str, node: ast.Call) -> Any:
+    if name not in FACTORIES:
+        raise StackSyntaxError(f"{name!r} is not a transform.", fix=nearest(name, list(FACTORIES)))
+    factory = FACTORIES[name]
+    if any(isinstance(a, ast.Starred) for a in node.args) or any(k.arg is None for k in node.keywords):
+        raise StackSyntaxError(f"{name}(...) unpacks with *.", fix="write the arguments out")
+    args = [_read(a) for a in node.args]
+    kwargs = {str(k.arg): _read(k.value) for k in node.keywords}
+    try:
+        inspect.signature(factory).bind(*args, **kwargs)
+    except TypeError as e:
+        signature = ", ".join(str(p).split(":")[0] for p in inspect.signature(factory).parameters.values())
+        raise StackSyntaxError(f"{name}: {e}.", fix=f"{name}({signature})") from None
+    try:
+        return factory(*args, **kwargs)
+    except TypeError as e:
+        raise StackSyntaxError(f"{name}: {e}.", fix=f"see help(infopt.{name})") from None
