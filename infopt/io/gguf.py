@@ -1,0 +1,443 @@
+"""GGUF files: mapped, checked, and read tensor by tensor.
+
+The `gguf` package knows the format's constants and takes its blocks apart. Its reader is not used: it makes a numpy
+array of every token of the vocabulary, which costs five seconds and hundreds of MB for 49,152 words.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import mmap
+import struct
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, quants
+
+from infopt.errors import CheckpointError, nearest
+from infopt.io.checkpoint import (
+    DTYPES,
+    Checkpoint,
+    LazyWeights,
+    check_layers,
+    check_tensors,
+    empty,
+    make_config,
+    row_chunks,
+    shortest_period,
+)
+from infopt.io.tokenizer import Tokenizer
+from infopt.model import FAMILIES, Model, shapes
+from infopt.models.gemma3 import Gemma3Config
+from infopt.models.llama import LlamaConfig
+from infopt.qtensor import Format, QTensor
+from infopt.spec import Config, Llama3Rope
+
+KEPT = {
+    GGMLQuantizationType.Q4_0: Format("int4", 32, "float16"),
+    GGMLQuantizationType.Q4_1: Format("int4_min", 32, "float16"),
+    GGMLQuantizationType.Q8_0: Format("int8", 32, "float16"),
+}
+"""Block types whose bits are a QTensor's, in the same order."""
+
+FLOATS = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16, GGMLQuantizationType.F64)
+
+TOP_NAMES = {"embed": "token_embd", "final_norm": "output_norm", "head": "output"}
+LAYER_NAMES = {
+    "attn_norm": "attn_norm", "attn.q": "attn_q", "attn.k": "attn_k", "attn.v": "attn_v", "attn.o": "attn_output",
+    "attn.q_norm": "attn_q_norm", "attn.k_norm": "attn_k_norm", "attn_out_norm": "post_attention_norm",
+    "mlp_norm": "ffn_norm", "mlp.gate": "ffn_gate", "mlp.up": "ffn_up", "mlp.down": "ffn_down",
+    "mlp_out_norm": "post_ffw_norm",
+}  # fmt: skip
+ROPE_FACTORS = "rope_freqs.weight"
+
+SCALARS = {
+    GGUFValueType.UINT8: "B", GGUFValueType.INT8: "b", GGUFValueType.UINT16: "H", GGUFValueType.INT16: "h",
+    GGUFValueType.UINT32: "I", GGUFValueType.INT32: "i", GGUFValueType.UINT64: "Q", GGUFValueType.INT64: "q",
+    GGUFValueType.FLOAT32: "f", GGUFValueType.FLOAT64: "d", GGUFValueType.BOOL: "?",
+}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------- the container
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tensor:
+    """A tensor of a mapped file.
+
+    Args:
+      type: how its values are stored.
+      shape: `[out, in]`, or `[in]`.
+      rows: its bytes, uint8 `[out, bytes of a row]`, a view into the map.
+    """
+
+    type: GGMLQuantizationType
+    shape: tuple[int, ...]
+    rows: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class File:
+    """A mapped GGUF file: its metadata, and its tensors by name."""
+
+    name: str
+    fields: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    def get(self, key: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
+        """The metadata at `key`; a key that is absent and has no default, or a value of another kind, is an error."""
+        value = self.fields.get(key, default)
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
+            state = "is missing" if value is None else f"is {value!r:.40}"
+            raise CheckpointError(f"{self.name}: its metadata {key!r} {state}.",
+                                  why="without it the model cannot be told.", fix="fetch or convert the model again")
+        return value
+
+
+class _Cursor:
+    """Reads little-endian values one after another out of a map, and never past its end."""
+
+    def __init__(self, data: mmap.mmap) -> None:
+        self.data, self.at = data, 0
+
+    def read(self, code: str) -> Any:
+        (value,) = struct.unpack_from("<" + code, self.data, self.at)
+        self.at += struct.calcsize("<" + code)
+        # The shortest decimal that is this float32: 1e-5, and not 9.999999747378752e-06.
+        return float(str(np.float32(value))) if code == "f" else value
+
+    def text(self) -> str:
+        size = self.read("Q")
+        if size > len(self.data) - self.at:
+            raise EOFError
+        self.at += size
+        return self.data[self.at - size : self.at].decode()
+
+    def value(self, kind: GGUFValueType, nested: bool = False) -> Any:
+        if kind == GGUFValueType.STRING:
+            return self.text()
+        if kind != GGUFValueType.ARRAY:
+            return self.read(SCALARS[kind])
+        if nested:
+            raise ValueError("lists of lists are not read")
+        kind, count = GGUFValueType(self.read("I")), self.read("Q")
+        if kind in SCALARS:
+            item = np.dtype("<" + SCALARS[kind])
+            if count * item.itemsize > len(self.data) - self.at:
+                raise EOFError
+            start, self.at = self.at, self.at + count * item.itemsize
+            return np.frombuffer(self.data[start : self.at], item).tolist()
+        if count * 8 > len(self.data) - self.at:  # a string takes eight bytes at least
+            raise EOFError
+        return [self.value(kind, nested=True) for _ in range(count)]
+
+
+def open_file(path: Path) -> File:
+    """Map a GGUF file and read everything but the tensors' values.
+
+    Raises:
+      CheckpointError: not GGUF, of another version or byte order, truncated or damaged.
+    """
+    try:
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read.", why=error.strerror or str(error),
+                              fix="check the file and its permissions") from error
+    if data is None or data[:4] != b"GGUF":
+        raise CheckpointError(f"{path} is not a GGUF file.",
+                              why="it is empty." if data is None else f"it begins with {data[:4]!r}, not b'GGUF'.",
+                              fix="give a .gguf file, a Hugging Face folder, or a model's name")
+    try:
+        return _parse(path.name, data)
+    except (EOFError, struct.error) as error:
+        raise CheckpointError(f"{path} is truncated.", why=f"its header runs on past the file's {size:,} bytes.",
+                              fix="fetch the file again") from error
+    except (ValueError, KeyError, OverflowError, MemoryError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path} is damaged.", why=f"its header cannot be read: {error}",
+                              fix="fetch the file again") from error
+
+
+def _parse(name: str, data: mmap.mmap) -> File:
+    cursor = _Cursor(data)
+    cursor.at = 4
+    version = cursor.read("I")
+    if version not in (2, 3):
+        kind = "is big-endian" if version and version & 0xFFFF == 0 else f"has version {version} of the format"
+        raise CheckpointError(f"{name} {kind}.", why="little-endian files of versions 2 and 3 are read.",
+                              fix="convert the model again with a present converter")
+    tensor_count, field_count = cursor.read("Q"), cursor.read("Q")
+    fields: dict[str, Any] = {}
+    for _ in range(field_count):
+        key = cursor.text()
+        fields[key] = cursor.value(GGUFValueType(cursor.read("I")))
+    infos: dict[str, tuple[tuple[int, ...], GGMLQuantizationType, int]] = {}
+    for _ in range(tensor_count):
+        key = cursor.text()
+        axes = cursor.read("I")
+        if axes > 4 or key in infos:
+            raise ValueError(f"tensor {key!r} " + ("comes twice" if key in infos else f"has {axes} axes"))
+        shape = tuple(cursor.read("Q") for _ in range(axes))[::-1]  # the file lists the fastest axis first
+        infos[key] = shape, GGMLQuantizationType(cursor.read("I")), cursor.read("Q")
+    alignment = fields.get("general.alignment", 32)
+    if not isinstance(alignment, int) or alignment < 1:
+        raise ValueError(f"general.alignment is {alignment!r}")
+    start = -(-cursor.at // alignment) * alignment
+    return File(name, fields, {key: _tensor(name, data, start, key, *info) for key, info in infos.items()})
+
+
+def _tensor(file: str, data: mmap.mmap, start: int, name: str, shape: tuple[int, ...], kind: GGMLQuantizationType,
+            offset: int) -> Tensor:
+    block, bytes_per_block = GGML_QUANT_SIZES[kind]
+    width = shape[-1] if shape else 1
+    if width % block or 0 in shape:
+        raise ValueError(f"tensor {name!r} of {kind.name} has shape {list(shape)}")
+    row, count = width // block * bytes_per_block, 1
+    for axis in shape[:-1]:
+        count *= axis
+    end = start + offset + row * count
+    if end > len(data):
+        raise CheckpointError(f"{file} is truncated.", why=f"its tensor {name!r} ends at byte {end:,}, "
+                              f"but the file has {len(data):,}.", fix="fetch the file again")
+    return Tensor(kind, shape, np.frombuffer(data, np.uint8, row * count, start + offset).reshape(count, row))
+
+
+# ---------------------------------------------------------------------------------------------------------- the configs
+
+
+def _common(f: File, arch: str) -> dict[str, Any]:
+    """The fields that every family's config has."""
+
+    def number(key: str, default: Any = None) -> int:
+        return f.get(f"{arch}.{key}", int, default)
+
+    _refuse(f, arch, {"expert_count": "mixtures of experts", "attn_logit_softcapping": "capped attention scores",
+                      "final_logit_softcapping": "capped logits", "attention.clamp_kqv": "clamped projections"})
+    if f.fields.get(f"{arch}.attention.causal") is False:
+        raise CheckpointError(f"{f.name} is not a model that writes text.", why="its attention looks ahead.")
+    heads, dim = number("attention.head_count"), number("embedding_length")
+    kv_heads = f.fields.get(f"{arch}.attention.head_count_kv", heads)
+    if isinstance(kv_heads, list) and len(set(kv_heads)) == 1:
+        kv_heads = kv_heads[0]
+    if isinstance(kv_heads, list):
+        raise CheckpointError(f"{f.name} has layers of different numbers of key/value heads.",
+                              fix="use a checkpoint whose layers are alike")
+    head_dim = number("attention.key_length", dim // max(heads, 1))
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if number(key, head_dim) != head_dim:
+            raise CheckpointError(f"{f.name}: {arch}.{key} is {number(key)}, but its heads are {head_dim} wide.",
+                                  why="rotary positions over a part of a head are not computed here.")
+    tokens = f.fields.get("tokenizer.ggml.tokens")
+    embed = f.tensors.get("token_embd.weight")
+    vocab = number("vocab_size", len(tokens) if tokens else embed.shape[0] if embed else None)
+    return dict(vocab=vocab, dim=dim, layers=number("block_count"), heads=heads, kv_heads=kv_heads, head_dim=head_dim,
+                context=number("context_length"), mlp=number("feed_forward_length"),
+                norm_eps=f.get(f"{arch}.attention.layer_norm_rms_epsilon", float),
+                tied="output.weight" not in f.tensors)
+
+
+def _refuse(f: File, arch: str, keys: dict[str, str]) -> None:
+    for key, what in keys.items():
+        if f.fields.get(f"{arch}.{key}"):
+            raise CheckpointError(f"{f.name} has {what} ({arch}.{key}), which are not computed here.",
+                                  fix="use a checkpoint of the plain architecture")
+
+
+def _linear_factor(f: File, arch: str) -> float:
+    """By what positions are divided; other stretches than the linear one are refused."""
+    kind = f.fields.get(f"{arch}.rope.scaling.type", "linear")
+    factor = f.get(f"{arch}.rope.scaling.factor", float, f.fields.get(f"{arch}.rope.scale_linear", 1.0))
+    if kind == "none" or factor in (0.0, 1.0):
+        return 1.0
+    if kind != "linear":
+        raise CheckpointError(f"{f.name} stretches its positions by {kind!r}, which is not computed here.",
+                              fix="use a checkpoint with plain, linear (Gemma 3) or Llama 3 positions")
+    return factor
+
+
+def _llama(f: File) -> LlamaConfig:
+    common, theta = _common(f, "llama"), f.get("llama.rope.freq_base", float, 10000.0)
+    _refuse(f, "llama", {"attention.sliding_window": "a sliding window", "attention.scale": "a scale of its own"})
+    if _linear_factor(f, "llama") != 1:
+        raise CheckpointError(f"{f.name} divides its positions (llama.rope.scaling.factor); a Llama here does not.",
+                              fix="use a checkpoint with plain or Llama 3 positions")
+    scaling = _llama3_rope(f, theta, common["head_dim"]) if ROPE_FACTORS in f.tensors else None
+    return make_config(LlamaConfig, f.name, rope_theta=theta, rope_scaling=scaling, **common)
+
+
+def _llama3_rope(f: File, theta: float, head_dim: int) -> Llama3Rope | None:
+    """Llama 3's stretch, of which the file has only the resulting divisor of each frequency.
+
+    All published ones stretch between wavelengths of a quarter of the original context and the whole of it, so factor
+    and context are what there is to find, and whether they give the file's divisors says whether that holds.
+    """
+    factors = _dense(f.tensors[ROPE_FACTORS], np.dtype(np.float32)).ravel()
+    if np.allclose(factors, 1):
+        return None
+    wavelength = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
+    factor = float(str(factors.max()))
+    contexts = [f.fields.get("llama.rope.scaling.original_context_length", 8192), *(2**n for n in range(4, 18))]
+    for context in contexts:
+        smooth = np.clip((context / wavelength - 1) / 3, 0, 1)
+        expected = 1 / ((1 - smooth) / factor + smooth)
+        if factors.shape == expected.shape and np.allclose(factors, expected, rtol=1e-4):
+            return Llama3Rope(factor=factor, low_freq_factor=1.0, high_freq_factor=4.0, original_context=int(context))
+    raise CheckpointError(f"{f.name} stretches its rotary wavelengths ({ROPE_FACTORS}) in a way that is not Llama 3's.",
+                          fix="load the Hugging Face folder of this model, whose config.json says how")
+
+
+def _gemma3(f: File) -> Gemma3Config:
+    common = _common(f, "gemma3")
+    window = f.get("gemma3.attention.sliding_window", int)
+    pattern = f.fields.get("gemma3.attention.sliding_window_pattern", 6)  # a period, or each layer's own
+    if isinstance(pattern, int) and pattern > 0:
+        pattern = [(i + 1) % pattern != 0 for i in range(min(pattern, common["layers"]))]
+    if not isinstance(pattern, list) or not pattern or not all(isinstance(local, bool) for local in pattern):
+        raise CheckpointError(f"{f.name}: its metadata 'gemma3.attention.sliding_window_pattern' is {pattern!r:.40}.",
+                              fix="fetch or convert the model again")
+    # The file has no key for the scale of queries. The 27B model alone does not divide by its heads' width.
+    wide = common["layers"] == 62
+    return make_config(
+        Gemma3Config, f.name, window=window, pattern=shortest_period(pattern),
+        query_scale=float(common["dim"] // common["heads"] if wide else common["head_dim"]),
+        rope_theta=f.get("gemma3.rope.freq_base", float, 1_000_000.0),
+        local_rope_theta=f.get("gemma3.rope.freq_base_swa", float, 10_000.0),
+        rope_factor=_linear_factor(f, "gemma3"), **common)
+
+
+CONFIGS: dict[str, Callable[[File], Config]] = {"llama": _llama, "gemma3": _gemma3}
+
+
+# ---------------------------------------------------------------------------------------------------------- the weights
+
+
+def file_name(logical: str) -> str:
+    """A logical name's tensor.
+
+    >>> file_name("layers.3.mlp.up")
+    'blk.3.ffn_up.weight'
+    """
+    if not logical.startswith("layers."):
+        return f"{TOP_NAMES[logical]}.weight"
+    _, layer, rest = logical.split(".", 2)
+    return f"blk.{layer}.{LAYER_NAMES[rest]}.weight"
+
+
+def half_split_rows(heads: int, head_dim: int) -> np.ndarray:
+    """Which row of a file's q or k stands where in the half-split layout: the file interleaves a head's two halves."""
+    return np.arange(heads * head_dim).reshape(heads, head_dim // 2, 2).swapaxes(1, 2).ravel()
+
+
+def _dense(t: Tensor, dtype: np.dtype[Any], order: np.ndarray | None = None, shift: float = 0.0) -> np.ndarray:
+    """A tensor's values in `dtype`, its rows in the given order, `shift` added to each."""
+    out = empty((len(t.rows), t.shape[-1] if t.shape else 1), dtype)
+    for part in row_chunks(out.shape):
+        x = quants.dequantize(t.rows[part] if order is None else t.rows[order[part]], t.type)
+        out[part] = x + np.float32(shift) if shift else x
+    return out.reshape(t.shape)
+
+
+def _packed(t: Tensor, order: np.ndarray | None = None) -> QTensor:
+    """A tensor's blocks as they are: their codes and their scales apart."""
+    fmt = KEPT[t.type]
+    out, width = t.shape
+    groups, scales = width // 32, 2 * (1 + fmt.row.minimum)  # bytes of scale and minimum, ahead of a block's codes
+    code_type = np.dtype(np.int8 if fmt.row.bits == 8 else np.uint8)
+    codes = empty((out, width * fmt.row.bits // 8), code_type)
+    parts = [empty((out, groups), np.dtype(np.float16)) for _ in range(scales // 2)]
+    for part in row_chunks(t.shape):
+        blocks = t.rows[part] if order is None else t.rows[order[part]]
+        blocks = blocks.reshape(len(blocks), groups, -1)
+        codes[part] = blocks[..., scales:].view(code_type).reshape(len(blocks), -1)
+        for i, stored in enumerate(parts):
+            stored[part] = np.ascontiguousarray(blocks[..., 2 * i : 2 * i + 2]).view("<f2")[..., 0]
+    return QTensor(codes, parts[0], parts[1] if fmt.row.minimum else None, fmt, t.shape)
+
+
+def open_checkpoint(path: Path, dtype: str) -> Checkpoint:
+    """Open a GGUF file: all is checked here; the weights are read when they are asked for.
+
+    Args:
+      path: the file.
+      dtype: a key of `DTYPES`.
+
+    Raises:
+      CheckpointError: the file is damaged, foreign, or not a model that this library computes.
+    """
+    f = open_file(path)
+    arch = f.get("general.architecture", str)
+    if arch not in CONFIGS:
+        raise CheckpointError(f"{f.name} is of an architecture that is not computed here: {arch!r}.",
+                              why=nearest(arch, list(CONFIGS)),
+                              fix="use a model of a known one, or define the family with ip.define")
+    config: Any = CONFIGS[arch](f)
+    check_layers(f.name, config, len(f.tensors))
+    expected = shapes(Model.of(FAMILIES[arch], config).spec)
+    check_tensors(f.name, {file_name(name): shape for name, shape in expected.items()},
+                  {name: t.shape for name, t in f.tensors.items() if name != ROPE_FACTORS})
+    for name, t in f.tensors.items():
+        try:
+            quants.dequantize(t.rows[:1], t.type)
+        except (NotImplementedError, ValueError) as error:
+            raise CheckpointError(f"{f.name}: {name} is stored as {t.type.name}, which cannot be dequantised.",
+                                  fix="use a file quantised otherwise, such as Q8_0") from error
+
+    formats: dict[str, Format] = {}
+    readers: dict[str, Callable[[], Any]] = {}
+    for name, shape in expected.items():
+        t = f.tensors[file_name(name)]
+        order = None
+        if arch == "llama" and name.endswith((".attn.q", ".attn.k")):
+            order = half_split_rows(shape[0] // config.head_dim, config.head_dim)
+        if dtype == "keep" and t.type in KEPT and len(shape) == 2:
+            formats[name] = KEPT[t.type]
+            readers[name] = functools.partial(_packed, t, order)
+        else:
+            # Gemma's norms multiply by 1 + w, and the file holds 1 + w.
+            shift = -1.0 if arch == "gemma3" and name.endswith("norm") else 0.0
+            readers[name] = functools.partial(_dense, t, DTYPES[dtype], order, shift)
+    if dtype == "keep":
+        _warn_of_unkept(f)
+    return Checkpoint(arch, config, formats, LazyWeights(readers), _tokenizer(f))
+
+
+def _warn_of_unkept(f: File) -> None:
+    by_type: dict[str, list[str]] = {}
+    for name, t in f.tensors.items():
+        if t.type not in KEPT and t.type not in FLOATS:
+            by_type.setdefault(t.type.name, []).append(name)
+    if by_type:
+        listed = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in by_type.items())
+        warnings.warn(f"{f.name}: dtype='keep' keeps Q4_0, Q4_1 and Q8_0; dequantised to float32 were {listed}",
+                      stacklevel=5)
+
+
+# -------------------------------------------------------------------------------------------------------- the tokenizer
+
+
+def _tokenizer(f: File) -> Tokenizer | None:
+    kind = f.fields.get("tokenizer.ggml.model")
+    if kind in (None, "none", "no_vocab"):
+        return None
+    if kind != "gpt2":
+        warnings.warn(f"{f.name}: its tokenizer is of the kind {kind!r}, and only byte-level BPE ('gpt2') is built "
+                      "from a GGUF file: the model takes token ids, but no text. Its Hugging Face folder may do.",
+                      stacklevel=5)
+        return None
+    pre = f.get("tokenizer.ggml.pre", str)
+    bos = None
+    # Llama 3's files may leave the flag out, and mean yes.
+    if f.get("tokenizer.ggml.add_bos_token", bool, pre == "llama-bpe"):
+        bos = f.get("tokenizer.ggml.bos_token_id", int)
+    ends = [f.fields.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")]
+    return Tokenizer.from_tables(
+        f.get("tokenizer.ggml.tokens", list), f.get("tokenizer.ggml.merges", list),
+        f.get("tokenizer.ggml.token_type", list, []), pre, bos=bos,
+        eos_ids=tuple(dict.fromkeys(i for i in ends if i is not None)), where=f.name)

