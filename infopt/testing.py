@@ -1,0 +1,492 @@
+"""The composition contract, generated: every order of transforms is refused with a reason, or equals its oracle.
+
+The oracle is the numpy model of `infopt.reference`, which shares no code with the stacks; a family without one is
+measured against its own uncached stack, and the table says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import functools
+import hashlib
+import itertools
+import multiprocessing
+import os
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from infopt.cache import rollback
+from infopt.errors import InfoptError
+from infopt.model import Model, Weights, build
+from infopt.models import gemma3, llama
+from infopt.reference import REFERENCES, reference
+from infopt.sampling import Sampling, noise
+from infopt.spec import Spec, oracle
+from infopt.transforms import (
+    Transform,
+    cache_kv,
+    dequantize,
+    gqa,
+    paged,
+    quantize,
+    self_draft,
+    sliding_window,
+    speculative,
+)
+from infopt.typing import Params
+
+EXAMPLES: tuple[Transform, ...] = (
+    quantize(bits=8),
+    quantize(bits=4, group=16),
+    quantize(bits=8, where="layers.0.*"),
+    dequantize(),
+    gqa(1),
+    sliding_window(6),
+    sliding_window(5, sinks=2, layers=[0, 1]),
+    cache_kv(),
+    cache_kv(bits=8),
+    paged(4),
+    speculative(self_draft(quantize(bits=4, group=16)), k=2),
+)
+"""What the contract stacks. A transform joins by one line."""
+
+FAMILIES: dict[str, Callable[[], Model]] = {
+    "llama": lambda: llama(
+        layers=3, dim=32, heads=4, kv_heads=2, head_dim=16, mlp=48, vocab=61, context=64, tied=False
+    ),
+    "gemma3": lambda: gemma3(
+        layers=5,
+        dim=32,
+        heads=4,
+        kv_heads=2,
+        head_dim=16,
+        mlp=48,
+        vocab=61,
+        context=64,
+        pattern=(True, False),
+        window=7,
+        tied=False,
+    ),
+}
+"""Small models that the contract stacks them on. A family joins by one line."""
+
+TOLERANCE = 1e-4
+"""Of the standard deviation of the oracle's logits."""
+ROUNDED = 3e-2
+"""The same where keys and values are rounded and one lay on the edge: such a stack is tried on up to three texts, must
+stay within this on each, and within TOLERANCE on one."""
+
+_CHUNK, _MAX_LEN, _LENGTHS = 5, 40, (26, 19, 11)
+
+
+class Mismatch(AssertionError):
+    """A stack and its oracle differ."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What became of one order of transforms.
+
+    Args:
+      base: `"<family>"` or `"<family> | cache_kv()"`: what the order was applied to.
+      order: the transforms' texts.
+      status: `"refused"`, `"equal"` or `"failed"`.
+      detail: the reason of a refusal, or what differed.
+      stack: a key of the stack's Spec and params; orders that give equal ones share it. "" where refused.
+    """
+
+    base: str
+    order: tuple[str, ...]
+    status: str
+    detail: str = ""
+    stack: str = ""
+
+
+# --------------------------------------------------------------------------------------------------------- one stack
+
+
+def expected_logits(spec: Spec, weights: Any, params: Params, tokens: Sequence[int]) -> np.ndarray:
+    """The oracle's logits `[T, V]` of one row."""
+    if spec.family in REFERENCES:
+        return reference(oracle(spec), weights, np.asarray(tokens))
+    target = params["target"] if spec.program else params
+    return np.asarray(
+        jax.jit(build(oracle(spec)).apply)(target, jnp.asarray(tokens, jnp.int32)[None])[0][0], np.float64
+    )
+
+
+def verify(model: Model, params: Params, *, generation: bool = True) -> float:
+    """Hold a stack against its oracle: ragged rows, in chunks, with rollbacks; and the tokens that it generates.
+
+    Args:
+      model, params: the stack. Its context must hold 40 tokens, its vocabulary 10 words.
+      generation: whether to decode too (always done for speculative stacks).
+
+    Returns:
+      The greatest difference of a logit, as a share of the oracle's standard deviation.
+
+    Raises:
+      Mismatch: a difference beyond the tolerance, or a token that the oracle would not draw.
+    """
+    worst = np.inf
+    for text in range(3 if model.spec.kv else 1):
+        worst = _verify_text(model, params, generation or model.spec.program is not None, text)
+        if worst <= TOLERANCE:
+            return worst
+        if model.spec.kv is None or worst > ROUNDED:
+            break
+    raise Mismatch(f"{model.recipe}: logits differ from the oracle's by {worst:.2g} of their spread.")
+
+
+def _verify_text(model: Model, params: Params, generation: bool, text: int) -> float:
+    rng = np.random.default_rng(text)
+    rows = [rng.integers(0, model.spec.config.vocab, n).tolist() for n in _LENGTHS]
+    weights = Weights.of(model.spec, params)
+    weights = {name: weights[name] for name in weights if not name.startswith("draft.")}
+    want = [expected_logits(model.spec, weights, params, row) for row in rows]
+    spread = max(float(np.std(np.concatenate(want))), 1e-3)
+    step = jax.jit(model.apply)
+    state = model.init_state(len(rows), _MAX_LEN, chunk=_CHUNK)
+    at, worst, calls = np.zeros(len(rows), int), 0.0, 0
+
+    def feed(count: np.ndarray) -> None:
+        nonlocal state, at, worst
+        tokens = np.zeros((len(rows), _CHUNK), np.int32)
+        for b, row in enumerate(rows):
+            tokens[b, : count[b]] = row[at[b] : at[b] + count[b]]
+        logits, state = step(params, jnp.asarray(tokens), state, jnp.asarray(count, jnp.int32))
+        for b in range(len(rows)):
+            got = np.asarray(logits[b, : count[b]], np.float64)
+            worst = max(worst, float(np.abs(got - want[b][at[b] : at[b] + count[b]]).max(initial=0.0)) / spread)
+        at += count
+        if not np.array_equal(np.asarray(state.lengths), at):
+            raise Mismatch(f"{model.recipe}: lengths are {state.lengths}, {at} were appended.")
+
+    while (at < _LENGTHS).any():
+        calls += 1
+        count = rng.integers(0, _CHUNK + 1, len(rows)) if calls % 3 else np.full(len(rows), _CHUNK)
+        feed(np.minimum(count, np.array(_LENGTHS) - at))
+        if calls % 4 == 2:  # take back all that a ring allows, and read it again in one call
+            behind = np.asarray(state.peak) - at
+            n = np.minimum(at, (state.lookahead or _CHUNK) - behind)
+            n = np.where(rng.random(len(rows)) < 0.7, n, n // 2)
+            state, at = rollback(state, n), at - n
+            feed(np.minimum(_CHUNK, np.array(_LENGTHS) - at))
+    return (
+        worst if not generation or worst > ROUNDED else max(worst, _verify_tokens(model, params, weights, rows, step))
+    )
+
+
+def _verify_tokens(model: Model, params: Params, weights: Any, rows: list[list[int]], step: Any) -> float:
+    """Decode, then feed what came out to the oracle once: each token must be the one it draws there."""
+    prompts = [row[: 4 + 3 * b] for b, row in enumerate(rows)]
+    temperature = np.array([0.0, 0.8, 1.3])[: len(rows)]
+    sampling = Sampling.of(len(rows), temperature=temperature.tolist(), seed=11)
+    state = model.init_state(len(rows), _MAX_LEN, chunk=_CHUNK)
+    for start in range(0, max(map(len, prompts)) - 1, _CHUNK):
+        pieces = [p[start : min(start + _CHUNK, len(p) - 1)] for p in prompts]
+        tokens = np.zeros((len(rows), _CHUNK), np.int32)
+        for b, piece in enumerate(pieces):
+            tokens[b, : len(piece)] = piece
+        _, state = step(params, jnp.asarray(tokens), state, jnp.asarray([len(p) for p in pieces], jnp.int32))
+    decode, last, out = jax.jit(model.decode), [p[-1] for p in prompts], [list(p) for p in prompts]
+    for turn in range(6):
+        active = np.array([True, turn != 0, turn != 2])[: len(rows)]
+        lengths = np.asarray(state.lengths)
+        e, state = decode(params, jnp.asarray(last, jnp.int32), state, sampling, jnp.asarray(active))
+        for b in range(len(rows)):
+            new = np.asarray(e.tokens[b, : int(e.count[b])]).tolist()
+            if bool(active[b]) != bool(new) or int(state.lengths[b]) != lengths[b] + len(new):
+                raise Mismatch(
+                    f"{model.recipe}: row {b} emitted {new}, its length went {lengths[b]} -> {int(state.lengths[b])}."
+                )
+            out[b] += new
+            last[b] = out[b][-1]
+    worst = 0.0
+    for b, row in enumerate(out):
+        want = expected_logits(model.spec, weights, params, row)
+        for position in range(len(prompts[b]), len(row)):
+            scores = want[position - 1]
+            if temperature[b]:
+                drawn = np.asarray(noise(sampling.seed[b], jnp.int32(position), len(scores)), np.float64)
+                scores = scores / temperature[b] + drawn
+            short = float(scores.max() - scores[row[position]]) / max(float(np.std(want)), 1e-3)
+            worst = max(worst, short)
+            if short > (TOLERANCE if model.spec.kv is None else ROUNDED):
+                raise Mismatch(
+                    f"{model.recipe}: row {b} drew token {row[position]} at position {position}, the oracle "
+                    f"draws {int(scores.argmax())} (ahead by {short:.2g} of the spread)."
+                )
+    return worst
+
+
+# -------------------------------------------------------------------------------------------------------- all orders
+
+
+def orders(examples: Sequence[Transform], depth: int) -> Iterator[tuple[Transform, ...]]:
+    """Every ordered choice of 1 to `depth` examples."""
+    for n in range(1, depth + 1):
+        yield from itertools.permutations(examples, n)
+
+
+def apply_order(base: Model, order: Sequence[Transform]) -> Model:
+    """The stack; raises the refusal, which must give a reason and a fix."""
+    try:
+        return functools.reduce(lambda model, t: t(model), order, base)
+    except InfoptError as e:
+        if not e.fix:
+            raise Mismatch(f"{' | '.join(map(repr, order))} is refused without a fix: {e}") from e
+        raise
+
+
+@functools.lru_cache(maxsize=8)
+def base_of(family: str) -> tuple[Model, Params]:
+    """A family's small model and its params: always the same."""
+    model = FAMILIES[family]()
+    return model, model.init(jax.random.key(3))
+
+
+def params_digest(params: Params) -> str:
+    """A hash of every array's bytes."""
+    h = hashlib.sha256()
+    for leaf in jax.tree.leaves(params):
+        h.update(np.ascontiguousarray(leaf).tobytes())
+    return h.hexdigest()[:12]
+
+
+def wants_generation(spec: Spec) -> bool:
+    """Logits are checked in every stack; tokens in speculative ones and in a third of the others."""
+    return spec.program is not None or zlib.crc32(spec.to_json().encode()) % 3 == 0
+
+
+def check_orders(
+    family: str,
+    todo: Sequence[tuple[str, Sequence[Transform]]],
+    shard: tuple[int, int] = (0, 1),
+    report: Callable[[Outcome], None] | None = None,
+) -> list[Outcome]:
+    """Apply orders to a family's model and verify what is accepted; equal Specs with equal params run once.
+
+    Args:
+      family: a key of `FAMILIES`.
+      todo: (`"bare"` or `"cached"`, order).
+      shard: (i, n): take the i-th of n shares. Equal Specs fall into the same share; refusals into the first.
+      report: called with each outcome.
+    """
+    bare, params = base_of(family)
+    bases = {"bare": bare, "cached": cache_kv()(bare)}
+    seen: dict[tuple[Spec, str], Outcome] = {}
+    found: list[Outcome] = []
+    since = 0
+    for on, order in todo:
+        base = f"{family} | cache_kv()" if on == "cached" else family
+        texts = tuple(map(repr, order))
+        try:
+            model = apply_order(bases[on], order)
+        except InfoptError as e:
+            if shard[0] == 0:
+                found.append(Outcome(base, texts, "refused", e.one_line))
+            continue
+        if zlib.crc32(model.spec.to_json().encode()) % shard[1] != shard[0]:
+            continue
+        converted = model.convert(params)
+        key = (model.spec, params_digest(converted))
+        if key not in seen:
+            if (since := since + 1) % 40 == 0:  # compiled programs are not freed by themselves: 110 ran out of memory
+                jax.clear_caches()
+                build.cache_clear()
+            name = hashlib.sha256((model.spec.to_json() + key[1]).encode()).hexdigest()[:10]
+            try:
+                verify(model, converted, generation=wants_generation(model.spec))
+                if model.exact:
+                    check_exact(bare, params, model, converted)
+                seen[key] = Outcome(base, texts, "equal", "", name)
+            except Mismatch as e:
+                seen[key] = Outcome(base, texts, "failed", str(e), name)
+        found.append(dataclasses.replace(seen[key], base=base, order=texts))
+        if report is not None:
+            report(found[-1])
+    return found
+
+
+def check_exact(base: Model, base_params: Params, model: Model, params: Params) -> None:
+    """Raise Mismatch unless a stack that says it is exact computes what its base computes."""
+    row = np.random.default_rng(5).integers(0, base.spec.config.vocab, 24).tolist()
+    before = expected_logits(base.spec, Weights.of(base.spec, base_params), base_params, row)
+    after = expected_logits(model.spec, Weights.of(model.spec, params), params, row)
+    if np.abs(after - before).max() > TOLERANCE * np.std(before):
+        raise Mismatch(f"{model.recipe} says that it is exact, and its logits differ from the base's.")
+
+
+def check_transform(transform: Transform, *, families: Sequence[str] = tuple(FAMILIES), partners: bool = True) -> None:
+    """The contract for a transform of your own: alone, and in every pair with the library's, before and after.
+
+    Args:
+      transform: an example of it, with arguments that suit the small models (3 and 5 layers of width 32, 4 heads,
+        2 key/value heads of 16, a feed-forward width of 48, 61 words).
+      families: the small models.
+      partners: whether to stack it with the library's transforms too (about a minute a family).
+
+    Raises:
+      AssertionError: a stack differs from its oracle, or a refusal has no fix.
+    """
+    for family in families:
+        order: list[tuple[Transform, ...]] = [(transform,)]
+        if partners:
+            order += [pair for t in EXAMPLES if t != transform for pair in ((transform, t), (t, transform))]
+        found = check_orders(family, [(on, o) for o in order for on in ("bare", "cached")])
+        failed = [o for o in found if o.status == "failed"]
+        if failed:
+            raise Mismatch("\n".join(f"{o.base}: {' | '.join(o.order)}: {o.detail}" for o in failed))
+        if all(o.status == "refused" for o in found):
+            raise Mismatch(f"{transform!r} is refused by every stack of {family}: {found[0].detail}")
+
+
+# --------------------------------------------------------------------------------------------------------- the table
+
+
+def everything(depth: int) -> list[tuple[str, tuple[Transform, ...]]]:
+    return [(on, order) for order in orders(EXAMPLES, depth) for on in ("bare", "cached")]
+
+
+DOCUMENTED = (("llama", 3), ("gemma3", 2))
+"""What `docs/composition.md` holds: a family, and how many transforms are stacked."""
+
+_CHEAP = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # 40% off a run's compilations
+
+
+def _share(family: str, depth: int, shard: tuple[int, int]) -> list[Outcome]:
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    start, stacks = time.perf_counter(), set[str]()
+
+    def report(outcome: Outcome) -> None:
+        if outcome.stack not in stacks:
+            stacks.add(outcome.stack)
+            if len(stacks) % 20 == 0:
+                seconds = time.perf_counter() - start
+                print(
+                    f"  {family}, share {shard[0] + 1} of {shard[1]}: {len(stacks)} stacks, {seconds:.0f} s",
+                    file=sys.stderr,
+                )
+
+    return check_orders(family, everything(depth), shard, report)
+
+
+def matrix(family: str, depth: int, processes: int = 2) -> list[Outcome]:
+    """The outcomes of every order of up to `depth` examples, over the bare model and over a cached one.
+
+    Args:
+      family: a key of `FAMILIES`.
+      depth: 2 for pairs, 3 for triples.
+      processes: how many share the work; each compiles for itself.
+    """
+    flags = os.environ.get("XLA_FLAGS")
+    os.environ["XLA_FLAGS"] = f"{flags or ''} {_CHEAP}"  # read by the processes when they start
+    try:
+        with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+            shares = [pool.submit(_share, family, depth, (i, processes)) for i in range(processes)]
+            return [outcome for share in shares for outcome in share.result()]
+    finally:
+        os.environ.pop("XLA_FLAGS")
+        if flags is not None:
+            os.environ["XLA_FLAGS"] = flags
+
+
+def matrix_main(args: argparse.Namespace) -> int:
+    """`infopt matrix`."""
+    chosen = DOCUMENTED if args.write or args.check else tuple((f, args.depth) for f in args.family or FAMILIES)
+    start = time.perf_counter()
+    results = {key: matrix(*key, processes=args.processes) for key in chosen}
+    text = markdown(results)
+    if args.write:
+        Path(args.write).write_text(text, encoding="utf-8")
+    elif not args.check:
+        print(text)
+    for (family, depth), found in results.items():
+        print(f"{family}, up to {depth}: {totals(found)}", file=sys.stderr)
+    print(f"{time.perf_counter() - start:.0f} s", file=sys.stderr)
+    if args.check and Path(args.check).read_text(encoding="utf-8") != text:
+        print(f"{args.check} says otherwise than what was seen; infopt matrix --write {args.check}", file=sys.stderr)
+        sys.stderr.writelines(
+            difflib.unified_diff(Path(args.check).read_text("utf-8").splitlines(True), text.splitlines(True))
+        )
+        return 1
+    return 1 if any(o.status == "failed" for found in results.values() for o in found) else 0
+
+
+def totals(found: Sequence[Outcome]) -> dict[str, int]:
+    """Orders, and among them refused, equal and failed; and the distinct stacks that were run."""
+    count = {s: sum(o.status == s for o in found) for s in ("refused", "equal", "failed")}
+    return {"orders": len(found), **count, "stacks": len({o.stack for o in found if o.stack})}
+
+
+def markdown(results: dict[tuple[str, int], list[Outcome]]) -> str:
+    """`docs/composition.md`: totals, a table of pairs a family, and why orders are refused."""
+    names = [repr(t) for t in EXAMPLES]
+    lines = [
+        "# What stacks with what",
+        "",
+        "Printed by `infopt matrix --write docs/composition.md` from what it ran; `--check` runs it and compares.",
+        "",
+        "Every order of up to two or three of these transforms, over a bare and over a cached small model, is",
+        "refused with a reason, or runs and equals its oracle: a float64 numpy model that shares no code with the",
+        f"stacks. Logits agree within {TOLERANCE:g} of their standard deviation, for ragged rows, in chunks, after",
+        "rollbacks; tokens drawn by every speculative stack and a third of the others are checked one by one. With",
+        "rounded keys and values a value on the edge may round the other way: such a stack is tried on up to three",
+        f"texts, and must agree within {ROUNDED:g} on each and {TOLERANCE:g} on one. Orders that give equal Specs and",
+        "params run once.",
+        "",
+        "| family | transforms | orders | refused | equal | failed | distinct stacks |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for (family, depth), found in results.items():
+        t = totals(found)
+        lines.append(
+            f"| {family} | up to {depth} | {t['orders']} | {t['refused']} | {t['equal']} | {t['failed']} | "
+            f"{t['stacks']} |"
+        )
+    for (family, _), found in results.items():
+        by_order = {(o.base == family, o.order): o for o in found if len(o.order) <= 2}
+        lines += [
+            "",
+            f"## {family}: pairs",
+            "",
+            "Row first, then column; the left mark over the bare model, the right one over a cached one.",
+            "`=` equal to its oracle, `-` refused, `!` failed. The first column is the row's transform alone.",
+            "",
+            "| | alone | " + " | ".join(str(i + 1) for i in range(len(names))) + " |",
+            "|---" * (len(names) + 2) + "|",
+        ]
+        for i, first in enumerate(names):
+            cells = []
+            for order in [(first,), *((first, second) for second in names)]:
+                both = [by_order.get((bare, order)) for bare in (True, False)]
+                cells.append(
+                    " ".join({"equal": "=", "refused": "-", "failed": "!"}[o.status] if o else "" for o in both)
+                )
+            lines.append(f"| {i + 1} `{first}` | " + " | ".join(cells) + " |")
+    reasons: dict[str, int] = {}
+    for found in results.values():
+        for o in found:
+            if o.status == "refused":
+                why = o.detail.split("why: ")[-1].split("; fix")[0]
+                reasons[why] = reasons.get(why, 0) + 1
+    lines += ["", "## Why orders are refused", "", "| reason | orders |", "|---|---|"]
+    lines += [f"| {why} | {n} |" for why, n in sorted(reasons.items(), key=lambda r: (-r[1], r[0]))]
+    failed = [o for found in results.values() for o in found if o.status == "failed"]
+    if failed:
+        lines += ["", "## Failed", ""] + [f"- {o.base}: {' | '.join(o.order)}: {o.detail}" for o in failed]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,60 @@
+"""The promise: every order of transforms is refused with a reason, or equals its oracle."""
+
+import random
+
+import pytest
+
+from infopt import testing
+from infopt.errors import InfoptError
+
+TRIPLES = 12  # sampled here for each family; all of them run in `infopt matrix --check`
+
+
+def stacks(family):
+    """Accepted orders by their Spec, one group a test: equal Specs share a compilation."""
+    bare, _ = testing.base_of(family)
+    from infopt.transforms import cache_kv
+
+    bases = {"bare": bare, "cached": cache_kv()(bare)}
+    pairs = testing.everything(2)
+    triples = [t for t in testing.everything(3) if len(t[1]) == 3]
+    random.Random(20).shuffle(triples)
+    groups, extra = {}, 0
+    for on, order in pairs + triples:
+        try:
+            spec = testing.apply_order(bases[on], order).spec
+        except InfoptError:
+            continue
+        if len(order) == 3:
+            if spec in groups or extra == TRIPLES:
+                continue
+            extra += 1
+        groups.setdefault(spec, []).append((on, order))
+    return groups
+
+
+GROUPS = [(family, group) for family in testing.FAMILIES for group in stacks(family).values()]
+
+
+def name(value):
+    return value if isinstance(value, str) else f"{value[0][0]}-{' | '.join(map(repr, value[0][1]))}"
+
+
+@pytest.mark.parametrize(("family", "group"), GROUPS, ids=name)
+def test_stack_equals_its_oracle(family, group):
+    for outcome in testing.check_orders(family, group):
+        assert outcome.status == "equal", outcome.detail
+
+
+@pytest.mark.parametrize("family", testing.FAMILIES)
+def test_refusals_give_a_reason_and_a_fix(family):
+    refused = 0
+    bare, _ = testing.base_of(family)
+    for _, order in testing.everything(2):
+        try:
+            testing.apply_order(bare, order)
+        except InfoptError as e:
+            refused += 1
+            assert repr(order[-1])[:6] in e.what or repr(order[-2])[:6] in e.what
+            assert e.fix
+    assert refused > 50
