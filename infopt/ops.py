@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 
 from infopt import cache as kv
 from infopt.masks import allowed, sink_query_position
-from infopt.qtensor import Format, _no_gradient, dequantize_array, is_qtensor, round_trip
+from infopt.qtensor import Format, _no_gradient, dequantize_array, is_qtensor, planes, round_trip, split_planes
 from infopt.spec import Llama3Rope, Window
 from infopt.typing import Array, Float, Int
 
@@ -41,11 +42,14 @@ def linear(x: Float[Array, "*B I"], weights: Any, layer: Any = None) -> Any:
     if isinstance(weights, tuple):
         return tuple(linear(x, w, layer) for w in weights)
     w = _at(weights, layer)
+    rows = x.reshape(-1, x.shape[-1])  # one row this way becomes a product that reads the stack in place
     if is_qtensor(w):
         w = dataclasses.replace(w, scale=_no_gradient(w.scale))
-        # The barrier keeps XLA from unpacking inside the product, once for each row of x.
-        w = jax.lax.optimization_barrier(dequantize_array(w, x.dtype))
-    return jax.lax.dot_general(x, w.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
+        parts = zip(split_planes(rows, w), planes(w), strict=True)
+        y = functools.reduce(jnp.add, (a @ b.astype(x.dtype).T for a, b in parts))
+    else:
+        y = rows @ w.astype(x.dtype).T
+    return y.reshape(*x.shape[:-1], -1)
 
 
 def embed(table: Any, tokens: Int[Array, "*B"]) -> Float[Array, "*B D"]:

@@ -100,7 +100,9 @@ class Format:
             raise InfoptError(
                 f"group={group} does not divide {name}, whose rows have {width} values.",
                 why="every value needs a scale, and groups share none between rows.",
-                fix=f"a group that divides {width}: {', '.join(map(str, divisors[-6:]))}",
+                fix=f"a group that divides {width}: {', '.join(map(str, divisors[-6:]))}"
+                if divisors
+                else "leave it out with where=..., or use bits=8 without a group",
             )
         if self.row.bits == 4 and group % 2:
             raise InfoptError(
@@ -163,15 +165,16 @@ def quantize_array(x: Array, format: Format, trailing: int = 1) -> QTensor:
     group = format.group_of(width)
     x = x.astype(jnp.float32).reshape(*x.shape[:-1], width // group, group)
     minimum = None
+    most = float(jnp.finfo(format.scale).max)  # an infinite scale would turn codes of 0 into NaN
     if row.rule == "absmax":
         scale = jnp.max(jnp.abs(x), -1) / row.high
     elif row.rule == "extreme":
         at = jnp.argmax(jnp.abs(x), -1, keepdims=True)
         scale = jnp.take_along_axis(x, at, -1)[..., 0] / row.low
     else:
-        minimum = jnp.min(x, -1).astype(format.scale)
+        minimum = jnp.clip(jnp.min(x, -1), -most, most).astype(format.scale)
         scale = (jnp.max(x, -1) - minimum.astype(jnp.float32)) / row.high
-    scale = scale.astype(format.scale)
+    scale = jnp.clip(scale, -most, most).astype(format.scale)
     stored = scale.astype(jnp.float32)[..., None]
     if minimum is not None:
         x = x - minimum.astype(jnp.float32)[..., None]
@@ -200,18 +203,38 @@ def _(primals: Any, tangents: Any) -> Any:
     )
 
 
+def planes(q: QTensor) -> tuple[Array, ...]:
+    """The values that `q` stands for, in float32, in the order in which they are packed.
+
+    One plane `[..., width]` for 8 bits; for 4 bits the first and the second halves of all groups, `[..., width / 2]`
+    each. A product over planes, `split_planes(x)` against these, spares XLA from putting nibbles back in order, which
+    on a CPU costs more than the product.
+    """
+    row = q.format.row
+    codes = (q.codes & 15, q.codes >> 4) if row.bits == 4 else (q.codes,)
+    each = q.format.group_of(q.shape[-1]) // len(codes)
+
+    def spread(x: Array) -> Array:  # one value a group -> one a code
+        return jnp.repeat(x.astype(jnp.float32), each, axis=-1, total_repeat_length=codes[0].shape[-1])
+
+    values = tuple((c.astype(jnp.float32) - row.zero) * spread(q.scale) for c in codes)
+    return values if q.minimum is None else tuple(v + spread(q.minimum) for v in values)
+
+
+def split_planes(x: Array, q: QTensor) -> tuple[Array, ...]:
+    """`x` `[..., width]` in the order of the planes of `q`."""
+    if q.format.row.bits == 8:
+        return (x,)
+    halves = x.reshape(*x.shape[:-1], -1, 2, q.format.group_of(x.shape[-1]) // 2)
+    return tuple(halves[..., i, :].reshape(*x.shape[:-1], -1) for i in (0, 1))
+
+
 def dequantize_array(q: QTensor, dtype: Any = jnp.float32) -> Array:
     """The values that `q` stands for, `[..., width]`, in `dtype`; computed in float32."""
-    row, width = q.format.row, q.shape[-1]
-    group = q.format.group_of(width)
-    codes = q.codes.reshape(*q.codes.shape[:-1], width // group, -1)
-    if row.bits == 4:
-        codes = jnp.concatenate([codes & 15, codes >> 4], -1)
-    x = codes.astype(jnp.float32) - row.zero
-    x = x * q.scale.astype(jnp.float32)[..., None]
-    if q.minimum is not None:
-        x = x + q.minimum.astype(jnp.float32)[..., None]
-    return x.reshape(*x.shape[:-2], width).astype(dtype)
+    found = planes(q)
+    each = q.format.group_of(q.shape[-1]) // len(found)
+    in_groups = [plane.reshape(*plane.shape[:-1], -1, each) for plane in found]
+    return jnp.stack(in_groups, -2).reshape(*found[0].shape[:-1], q.shape[-1]).astype(dtype)
 
 
 def round_trip(x: Array, format: Format | None) -> Array:
