@@ -1,0 +1,308 @@
+"""The command line: `infopt generate`, `infopt matrix`, `infopt bench`.
+
+JAX and the rest of the library are imported inside the commands, so that `--help` and a mistyped option answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+from infopt.errors import InfoptError
+
+if TYPE_CHECKING:
+    from infopt.generate import Chunk, Generation
+
+START = time.perf_counter()
+USAGE, INTERRUPTED, PIPE_CLOSED = 2, 130, 141  # exit codes; the last two as a shell reports SIGINT and SIGPIPE
+
+GENERATE_EXAMPLES = """\
+examples:
+  infopt generate smollm2-135m "The history of the steam engine begins in the first century, when"
+  infopt generate smollm2-135m "Once upon a time" --temperature 0.8 --top-p 0.95 --seed 1
+  infopt generate smollm2-135m "Dear Sir," --stack "quantize(bits=8) | sliding_window(256, sinks=4) | cache_kv(bits=8)"
+  infopt generate ./model.gguf - --dtype keep --max-new 256 < prompt.txt
+"""
+MATRIX_EXAMPLES = """\
+examples:
+  infopt matrix                                               every pair of transforms, both families
+  infopt matrix --family llama --depth 3 --processes 2        every triple too
+  infopt matrix --processes 2 --write docs/composition.md     what the documentation holds; --check compares
+"""
+BENCH_EXAMPLES = """\
+examples:
+  infopt bench generate
+  infopt bench generate --model ./model.gguf --repeats 9
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+      argv: the arguments after the program's name; those of the process by default.
+
+    Returns:
+      The exit code: 0, 1 (a check failed), 2 (the caller is wrong, in one line on stderr), 130 (Ctrl-C) or 141 (whoever
+      read the output went away).
+    """
+    try:
+        args = _parser().parse_args(argv)
+        code = args.command(args)
+        sys.stdout.flush()
+        return code
+    except InfoptError as error:
+        return _fail(error.one_line)
+    except BrokenPipeError:
+        # What is still buffered must not raise again when the interpreter closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
+    except OSError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return INTERRUPTED
+
+
+def _fail(message: str) -> int:
+    print(f"infopt: {message}", file=sys.stderr)
+    return USAGE
+
+
+def _version() -> str:
+    def of(package: str) -> str:
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            return "not installed"
+
+    python = ".".join(map(str, sys.version_info[:3]))
+    return f"infopt {of('infopt')} (jax {of('jax')}, jaxlib {of('jaxlib')}, Python {python})"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="infopt",
+        description="Composable inference transforms for JAX: each stacks with each other, and says if it is exact.",
+    )
+    parser.add_argument("--version", action="version", version=_version())
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
+    _add_generate(commands)
+    _add_matrix(commands)
+    _add_bench(commands)
+    return parser
+
+
+def _command(commands: Any, name: str, summary: str, examples: str) -> argparse.ArgumentParser:
+    return commands.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def _add_generate(commands: Any) -> None:
+    parser = _command(commands, "generate", "continue a prompt", GENERATE_EXAMPLES)
+    parser.set_defaults(command=_generate)
+    parser.add_argument("model", metavar="MODEL", help="a name (smollm2-135m), a .gguf file or a Hugging Face folder")
+    parser.add_argument("prompt", metavar="PROMPT", help="the text to continue; - reads it from standard input")
+    parser.add_argument(
+        "--stack",
+        default="cache_kv()",
+        metavar="TEXT",
+        help="transforms, the first one applied first, with | between (default: %(default)s); none for the bare model",
+    )
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        choices=["float32", "bfloat16", "float16", "keep"],
+        help="of the weights (default: %(default)s); keep leaves a file's 4-bit and 8-bit blocks packed",
+    )
+    parser.add_argument("--max-len", type=int, metavar="N", help="positions in the cache (default: what is needed)")
+
+    group = parser.add_argument_group("sampling, in the order in which they act")
+    group.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="1 is none (default)")
+    group.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 is greedy (default)")
+    group.add_argument(
+        "--top-k", type=int, default=0, metavar="N", help="keep the N likeliest tokens; 0 is all (default)"
+    )
+    group.add_argument(
+        "--top-p", type=float, default=1.0, metavar="X", help="keep a mass of X, in (0, 1]; 1 is all (default)"
+    )
+    group.add_argument(
+        "--min-p", type=float, default=0.0, metavar="X", help="drop what is under X of the likeliest (default 0)"
+    )
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="the same seed gives the same text (default 0)")
+
+    group = parser.add_argument_group("when to stop")
+    group.add_argument(
+        "-n", "--max-new", type=int, default=128, metavar="N", help="at most N tokens (default: %(default)s)"
+    )
+    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="stop before TEXT; may be repeated")
+
+    group = parser.add_argument_group("output: text on standard output, figures on standard error")
+    group.add_argument("--no-echo", action="store_true", help="leave the prompt out")
+    group.add_argument("--no-stream", action="store_true", help="print the text at once, when it is done")
+    group.add_argument("--no-stats", action="store_true", help="leave the line of figures out")
+    group.add_argument("--json", action="store_true", help="one JSON object in place of text")
+    group.add_argument("--logprobs", action="store_true", help="with --json: each token's log-probability")
+
+
+def _add_matrix(commands: Any) -> None:
+    summary = "test every pair and triple of transforms: refused with a reason, or equal to its oracle"
+    parser = _command(commands, "matrix", summary, MATRIX_EXAMPLES)
+    parser.set_defaults(command=_matrix)
+    families = ["llama", "gemma3"]
+    parser.add_argument("--family", action="append", choices=families, help="may be repeated (default: both)")
+    parser.add_argument("--depth", type=int, choices=[1, 2, 3], default=2, help="3: triples too (default: %(default)s)")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="share the work out (default 1)")
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--write", metavar="FILE", help="write the table to FILE")
+    group.add_argument("--check", metavar="FILE", help="exit 1 if FILE says otherwise than the tests saw")
+
+
+def _add_bench(commands: Any) -> None:
+    parser = _command(commands, "bench", "measure speed, interleaved, and print medians", BENCH_EXAMPLES)
+    parser.set_defaults(command=_bench)
+    parser.add_argument("what", choices=["generate"], help="generate: prefill and decode, against a yardstick")
+    parser.add_argument(
+        "--model", default="smollm2-135m", metavar="MODEL", help="as for generate (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=5, metavar="N", help="a median is over N runs (default: %(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object in place of a table")
+
+
+def _prepare_jax() -> None:
+    """Quiets what only JAX's own developers read, and keeps compiled programs from one start to the next."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    import jax
+
+    from infopt.io import hub
+
+    logging.getLogger("jax").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation cache")
+    if os.environ.get("INFOPT_COMPILE_CACHE") == "0" or os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return
+    jax.config.update("jax_compilation_cache_dir", str(hub.cache_folder() / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def _generate(args: argparse.Namespace) -> int:
+    if args.logprobs and not args.json:
+        return _fail("--logprobs prints nothing without --json; fix: add --json")
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 is no reason to fail
+    _prepare_jax()
+    import infopt as ip
+
+    # A mistake in the stack is told before the wait for a model.
+    transform = None if args.stack.strip() in ("", "none") else ip.parse_stack(args.stack)
+    model, params = ip.load(args.model, dtype=args.dtype)
+    if transform is not None:
+        model = transform(model)
+        params = model.convert(params)
+
+    first: list[float] = []  # seconds to the first token
+    printed = False
+
+    def show(chunk: Chunk) -> None:
+        nonlocal printed
+        if not first:
+            first.append(time.perf_counter() - START)
+        if args.json or args.no_stream:
+            return
+        if not (printed or args.no_echo):
+            print(prompt, end="")
+        printed = True
+        print(chunk.text, end="", flush=True)
+
+    out = ip.generate(
+        model,
+        params,
+        prompt,
+        max_new=args.max_new,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+        seed=args.seed,
+        stop=tuple(args.stop),
+        logprobs=args.logprobs,
+        max_len=args.max_len,
+        callback=show,
+    )
+    seconds = first[0] if first else time.perf_counter() - START
+    if args.json:
+        print(json.dumps(_record(model, prompt, out, seconds)))
+        return 0
+    if printed:
+        print()
+    else:
+        print(("" if args.no_echo else prompt) + str(out.text))
+    sys.stdout.flush()
+    if not args.no_stats:
+        print(_stats(model, out, seconds), file=sys.stderr)
+    return 0
+
+
+def _record(model: Any, prompt: str, out: Generation, first: float) -> dict[str, Any]:
+    fields = (
+        "text",
+        "tokens",
+        "logprobs",
+        "finish",
+        "tokens_per_second",
+        "prefill_tokens_per_second",
+        "compile_seconds",
+    )
+    record = {"stack": repr(model), "prompt": prompt, **{field: getattr(out, field) for field in fields}}
+    if out.acceptance is not None:
+        record |= {"acceptance": out.acceptance, "tokens_per_round": out.tokens_per_round}
+    return record | {"first_token_seconds": round(first, 3)}
+
+
+def _stats(model: Any, out: Generation, first: float) -> str:
+    """One line of figures."""
+    parts = [
+        ", ".join(line.strip() for line in repr(model).splitlines()),
+        f"{out.prompt_tokens} + {out.new_tokens} tokens",
+        f"first after {first:.1f} s, {out.compile_seconds:.1f} s of them compiling",
+        f"prefill {out.prefill_tokens_per_second:.1f} tokens/s",
+        f"decode {out.tokens_per_second:.1f} tokens/s",
+    ]
+    if out.acceptance is not None:
+        parts.append(f"acceptance {out.acceptance:.2f}, {out.tokens_per_round:.2f} tokens a round")
+    return "; ".join(parts)
+
+
+def _matrix(args: argparse.Namespace) -> int:
+    _prepare_jax()
+    from infopt import testing
+
+    return testing.matrix_main(args)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    _prepare_jax()
+    from infopt import bench
+
+    return bench.main(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
