@@ -1,26 +1,76 @@
-"""infopt: composable inference transforms for language models, in JAX."""
+"""infopt: composable inference transforms for language models, in JAX.
 
-from infopt import models
-from infopt.cache import State, rollback
-from infopt.errors import InfoptError, TransformOrderError
-from infopt.generate import Chunk, Generation, generate, stream
-from infopt.io import load
-from infopt.model import Emitted, Model, define, trainable
-from infopt.qtensor import Format, QTensor
-from infopt.sampling import Sampling
-from infopt.spec import Config, Spec, Window, oracle
-from infopt.transforms import (
-    Transform,
-    cache_kv,
-    compose,
-    dequantize,
-    gqa,
-    paged,
-    parse_stack,
-    quantize,
-    self_draft,
-    sliding_window,
-    speculative,
-)
+What a user writes is `infopt.<name>`. The names are imported when first used, so that `infopt --help` does not wait
+for JAX.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from infopt import bench, models, testing
+    from infopt.cache import State, rollback
+    from infopt.errors import InfoptError, TransformOrderError
+    from infopt.generation import Chunk, Generation, generate, stream
+    from infopt.io import load
+    from infopt.model import Emitted, Model, define, trainable
+    from infopt.qtensor import Format, QTensor
+    from infopt.sampling import Sampling
+    from infopt.spec import Config, Spec, Window, oracle
+    from infopt.transforms import (
+        Transform,
+        cache_kv,
+        compose,
+        dequantize,
+        gqa,
+        paged,
+        parse_stack,
+        quantize,
+        self_draft,
+        sliding_window,
+        speculative,
+    )
 
 __version__ = "0.1.0"
+
+_MODULES = ("bench", "models", "testing")
+_NAMES = {
+    "cache": ("State", "rollback"),
+    "errors": ("InfoptError", "TransformOrderError"),
+    "generation": ("Chunk", "Generation", "generate", "stream"),
+    "io": ("load",),
+    "model": ("Emitted", "Model", "define", "trainable"),
+    "qtensor": ("Format", "QTensor"),
+    "sampling": ("Sampling",),
+    "spec": ("Config", "Spec", "Window", "oracle"),
+    "transforms": (
+        "Transform",
+        "cache_kv",
+        "compose",
+        "dequantize",
+        "gqa",
+        "paged",
+        "parse_stack",
+        "quantize",
+        "self_draft",
+        "sliding_window",
+        "speculative",
+    ),
+}
+_HOME = {name: module for module, names in _NAMES.items() for name in names}
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"infopt.{name}")
+    if name not in _HOME:
+        raise AttributeError(f"module 'infopt' has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(f"infopt.{_HOME[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

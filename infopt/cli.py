@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from infopt.errors import InfoptError
 
 if TYPE_CHECKING:
-    from infopt.generate import Chunk, Generation
+    from infopt.generation import Chunk, Generation
 
 START = time.perf_counter()
 USAGE, INTERRUPTED, PIPE_CLOSED = 2, 130, 141  # exit codes; the last two as a shell reports SIGINT and SIGPIPE

@@ -18,8 +18,8 @@ class InfoptError(ValueError):
     @property
     def one_line(self) -> str:
         """The same on one line, for a terminal."""
-        parts = [self.what.rstrip(".")] + [f"why: {self.why}"] * bool(self.why) + [f"fix: {self.fix}"] * bool(self.fix)
-        return "; ".join(" ".join(part.split()) for part in parts)
+        parts = [self.what] + [f"why: {self.why}"] * bool(self.why) + [f"fix: {self.fix}"] * bool(self.fix)
+        return "; ".join(" ".join(part.split()).rstrip(".") for part in parts)
 
 
 class TransformOrderError(InfoptError):

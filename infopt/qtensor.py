@@ -215,7 +215,8 @@ def planes(q: QTensor) -> tuple[Array, ...]:
     each = q.format.group_of(q.shape[-1]) // len(codes)
 
     def spread(x: Array) -> Array:  # one value a group -> one a code
-        return jnp.repeat(x.astype(jnp.float32), each, axis=-1, total_repeat_length=codes[0].shape[-1])
+        x = x.astype(jnp.float32)[..., None]
+        return jnp.broadcast_to(x, (*x.shape[:-1], each)).reshape(*x.shape[:-2], -1)
 
     values = tuple((c.astype(jnp.float32) - row.zero) * spread(q.scale) for c in codes)
     return values if q.minimum is None else tuple(v + spread(q.minimum) for v in values)

@@ -2,11 +2,7 @@
 
 import os
 
-# The contract compiles some hundred small stacks; nothing here is timed, so the compiler's effort is wasted.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
-
 import jax
-import pytest
 from jaxtyping import install_import_hook
 
 # The shapes in these modules' signatures are executed: a wrong axis is an error at the call, not a broadcast.
@@ -14,14 +10,9 @@ install_import_hook(
     ["infopt.cache", "infopt.masks", "infopt.ops", "infopt.qtensor", "infopt.sampling"], "beartype.beartype"
 )
 
+from infopt.testing import cheap_compilation  # noqa: E402 (after the hook that it goes through)
+
+os.environ.setdefault("XLA_FLAGS", cheap_compilation())
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-
-
-@pytest.fixture(scope="session")
-def smollm2():
-    """The real model, fetched once: `(model, params)` in float32."""
-    import infopt as ip
-
-    return ip.load("smollm2-135m")

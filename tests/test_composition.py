@@ -7,7 +7,7 @@ import pytest
 from infopt import testing
 from infopt.errors import InfoptError
 
-TRIPLES = 12  # sampled here for each family; all of them run in `infopt matrix --check`
+TRIPLES = 6  # sampled here for each family; all of them run in `infopt matrix --check`
 
 
 def stacks(family):

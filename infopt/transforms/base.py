@@ -7,6 +7,8 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any, ClassVar, final
 
+import jax
+
 from infopt.errors import InfoptError, TransformOrderError
 from infopt.model import Model, Weights, shapes
 from infopt.qtensor import dequantize_array
@@ -158,7 +160,10 @@ def need_dense(step: Transform, spec: Spec, names: Iterable[str], why: str) -> N
 
 def densify(spec: Spec, weights: Weights) -> Weights:
     """The weights with every packed one unpacked."""
-    return weights.map([n for n, _ in spec.weights], lambda _, w: dequantize_array(w))
+    return weights.map([n for n, _ in spec.weights], lambda _, w: _unpack(w))
+
+
+_unpack = jax.jit(dequantize_array)
 
 
 def layer_matrices(spec: Spec) -> list[str]:

@@ -1,4 +1,4 @@
-"""generate: prompts in, text out, for every stack alike. It knows `hidden`, `decode`, `Emitted`, and no transform."""
+"""Prompts in, text out, for every stack alike. It knows `hidden`, `decode`, `Emitted`, and no transform."""
 
 from __future__ import annotations
 

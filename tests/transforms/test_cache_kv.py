@@ -1,0 +1,72 @@
+"""cache_kv: what it keeps, in how many bits, and that it changes no logit."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import infopt as ip
+from infopt.errors import InfoptError, TransformOrderError
+from infopt.model import Weights
+from infopt.qtensor import Format
+from infopt.reference import reference
+
+BARE = ip.models.llama(layers=2, dim=16, heads=2, kv_heads=1, head_dim=8, mlp=16, vocab=29, context=48, tied=False)
+PARAMS = BARE.init(jax.random.key(0))
+ROWS = 8
+TOKENS = np.random.default_rng(0).integers(0, 29, (ROWS, 9))
+
+
+def test_it_edits_the_cache_and_its_codec_only() -> None:
+    spec = BARE.spec
+    assert ip.cache_kv().edit(spec) == spec.replace(cache=True)
+    assert ip.cache_kv(bits=8).edit(spec) == spec.replace(cache=True, kv=Format("int8"))
+
+
+def test_it_is_exact_without_a_codec() -> None:
+    assert ip.cache_kv().exact
+    assert not ip.cache_kv(bits=8).exact
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_logits_in_chunks_are_the_numpy_models(bits: int | None) -> None:
+    """With 8 bits too: keys go through the codec before they are read, as in the numpy model."""
+    model = ip.cache_kv(bits=bits)(BARE)
+    step, state = jax.jit(model.apply), model.init_state(ROWS, 12)
+    parts = []
+    for start in range(0, 9, 3):
+        logits, state = step(PARAMS, jnp.asarray(TOKENS[:, start : start + 3], jnp.int32), state)
+        parts.append(np.asarray(logits))
+    got = np.concatenate(parts, 1)
+    weights, plain = Weights.of(model.spec, PARAMS), Weights.of(BARE.spec, PARAMS)
+    off = [np.abs(got[b] - reference(ip.oracle(model.spec), weights, TOKENS[b])).max() for b in range(ROWS)]
+    away = [np.abs(got[b] - reference(BARE.spec, plain, TOKENS[b])).max() for b in range(ROWS)]
+    if bits is None:
+        assert max(off + away) < 1e-4
+    else:  # a value on the edge may round the other way: in few rows, and by little
+        assert np.median(off) < 1e-4
+        assert max(off) < 2e-2
+        assert min(away) > 1e-3
+
+
+def test_eight_bits_take_a_byte_a_value_and_a_scale_a_head() -> None:
+    full, small = ip.cache_kv()(BARE), ip.cache_kv(bits=8)(BARE)
+    assert full.token_bytes() == 2 * 2 * 1 * 8 * 4
+    assert small.token_bytes() == 2 * 2 * 1 * (8 + 4)
+    assert BARE.token_bytes() == 0
+
+
+def test_a_second_cache_is_refused() -> None:
+    with pytest.raises(TransformOrderError, match="has a cache already") as e:
+        (ip.cache_kv() | ip.cache_kv(bits=8))(BARE)
+    assert e.value.why
+    assert e.value.fix
+
+
+@pytest.mark.parametrize("bits", [0, 4, 16, "8", True, 7.5])
+def test_a_codec_that_is_none_is_refused(bits: object) -> None:
+    with pytest.raises(InfoptError, match="is not a codec") as e:
+        ip.cache_kv(bits=bits)  # type: ignore[arg-type]
+    assert e.value.fix == "bits=None or bits=8"

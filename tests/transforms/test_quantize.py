@@ -1,0 +1,164 @@
+"""quantize: which weights, in which format, against numpy; and what it refuses."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import infopt as ip
+from infopt.errors import InfoptError, ParamsError, TransformOrderError
+from infopt.model import Weights
+from infopt.qtensor import Format, is_qtensor
+
+BARE = ip.models.llama(layers=2, dim=32, heads=2, kv_heads=1, head_dim=16, mlp=64, vocab=29, context=48, tied=False)
+PARAMS = BARE.init(jax.random.key(0))
+MATRICES = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "mlp.down")
+
+
+def packed(transform: ip.Transform) -> set[str]:
+    return {n for n, _ in transform(BARE).spec.weights}
+
+
+def test_by_default_it_takes_the_blocks_linear_layers() -> None:
+    assert packed(ip.quantize(bits=8)) == {f"layers.{i}.{m}" for i in (0, 1) for m in MATRICES}
+
+
+@pytest.mark.parametrize(
+    ("where", "want"),
+    [
+        ("layers.0.*", {f"layers.0.{m}" for m in MATRICES}),
+        ("layers.*.mlp.up", {"layers.0.mlp.up", "layers.1.mlp.up"}),
+        ("embed", {"embed"}),
+        ("head", {"head"}),
+        ("*", {"embed", "head", *(f"layers.{i}.{m}" for i in (0, 1) for m in MATRICES)}),
+    ],
+)
+def test_where_is_a_pattern_over_logical_names(where: str, want: set[str]) -> None:
+    assert packed(ip.quantize(bits=8, where=where)) == want
+
+
+@pytest.mark.parametrize(
+    ("transform", "format"),
+    [
+        (ip.quantize(), Format("int8")),
+        (ip.quantize(bits=8, group=16), Format("int8", 16, "float16")),
+        (ip.quantize(bits=4), Format("int4", 32, "float16")),
+        (ip.quantize(bits=4, group=16), Format("int4", 16, "float16")),
+    ],
+    ids=repr,
+)
+def test_bits_and_group_say_the_format(transform: ip.Transform, format: Format) -> None:
+    spec = transform(BARE).spec
+    assert {f for _, f in spec.weights} == {format}
+    assert spec.replace(weights=()) == BARE.spec
+    assert not transform.exact
+
+
+@pytest.mark.parametrize(("bits", "group"), [(8, None), (8, 16), (4, 32)])
+def test_weights_are_the_nearest_levels_of_numpys_definition(bits: int, group: int | None) -> None:
+    model = ip.quantize(bits=bits, group=group)(BARE)
+    before, after = Weights.of(BARE.spec, PARAMS), Weights.of(model.spec, model.convert(PARAMS))
+    for name, got in after.items():
+        if not is_qtensor(got):
+            np.testing.assert_array_equal(got, before[name])
+            continue
+        x = np.asarray(before[name], np.float64)
+        groups = x.reshape(x.shape[0], -1, group or x.shape[1])
+        if bits == 8:
+            scale = np.abs(groups).max(-1) / 127
+        else:
+            at = np.abs(groups).argmax(-1)[..., None]
+            scale = np.take_along_axis(groups, at, -1)[..., 0] / -8
+        np.testing.assert_allclose(np.asarray(got.scale, np.float64), scale, rtol=6e-4)
+        used = np.asarray(got.scale, np.float64)[..., None]
+        codes = np.asarray(got.codes).astype(np.int64).reshape(*groups.shape[:2], -1)
+        level = codes if bits == 8 else np.concatenate([codes % 16, codes // 16], -1) - 8
+        bound = (-127, 127) if bits == 8 else (-8, 7)
+        assert np.abs(level - np.clip(groups / used, *bound)).max() <= 0.5 + 1e-4
+
+
+def test_int4_is_0_5625_bytes_a_weight_of_the_live_buffers() -> None:
+    params = ip.quantize(bits=4)(BARE).convert(PARAMS)
+    for name in MATRICES:
+        dense = PARAMS["segments"][0][0][name]
+        assert params["segments"][0][0][name].nbytes == dense.size * 0.5625
+
+
+def test_a_weight_packed_twice_is_refused_and_another_is_not() -> None:
+    with pytest.raises(TransformOrderError, match="needs dense weights") as e:
+        (ip.quantize(bits=8, where="layers.0.mlp.up") | ip.quantize(bits=4))(BARE)
+    assert "layers.0.mlp.up is packed as int8" in e.value.what
+    assert e.value.why
+    assert "dequantize()" in e.value.fix
+    mixed = (ip.quantize(bits=8, where="layers.0.*") | ip.quantize(bits=4, where="layers.1.*"))(BARE)
+    assert len(mixed.spec.weights) == 14
+    assert mixed.spec.weights == tuple(sorted(mixed.spec.weights))
+
+
+def test_a_pattern_that_matches_nothing_suggests_what_is_near() -> None:
+    with pytest.raises(InfoptError, match=r"no weight is named like 'layers\.0\.mlp\.upp'") as e:
+        ip.quantize(bits=8, where="layers.0.mlp.upp")(BARE)
+    assert "layers.0.mlp.up" in e.value.why
+    assert e.value.fix
+    for where in ("layers.0.attn_norm", "final_norm", ""):  # norms are no matrices
+        with pytest.raises(InfoptError, match="no weight is named"):
+            ip.quantize(bits=8, where=where)(BARE)
+
+
+def test_a_tied_model_has_no_head_to_pack() -> None:
+    tied = ip.models.llama(layers=1, dim=32, vocab=29)
+    with pytest.raises(InfoptError, match="no weight is named like 'head'"):
+        ip.quantize(bits=8, where="head")(tied)
+
+
+def test_a_group_that_does_not_divide_names_the_weight_and_those_that_do() -> None:
+    with pytest.raises(InfoptError, match="group=24 does not divide") as e:
+        ip.quantize(bits=4, group=24)(BARE)
+    assert "layers.0." in e.value.what
+    assert "2, 4, 8, 16, 32" in e.value.fix
+
+
+@pytest.mark.parametrize("bits", [0, 3, 16, "8", None, 4.5])
+def test_bits_that_are_no_format_are_refused(bits: object) -> None:
+    with pytest.raises(InfoptError, match="is not a format") as e:
+        ip.quantize(bits=bits)  # type: ignore[arg-type]
+    assert e.value.fix == "bits=8 or bits=4"
+
+
+@pytest.mark.parametrize("group", [0, 1, -4, 2.0, "32", True])
+def test_a_group_that_is_none_is_refused(group: object) -> None:
+    with pytest.raises(InfoptError, match="group="):
+        ip.quantize(bits=8, group=group)  # type: ignore[arg-type]
+
+
+def test_an_odd_group_of_four_bits_is_refused() -> None:
+    with pytest.raises(InfoptError, match="whole bytes"):
+        ip.quantize(bits=4, group=5)
+
+
+@pytest.mark.parametrize("where", [3, ["layers.0.*"], b"head"], ids=repr)
+def test_a_pattern_that_is_no_text_is_refused(where: object) -> None:
+    with pytest.raises(InfoptError, match="where"):
+        ip.quantize(bits=8, where=where)(BARE)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(value: float) -> None:
+    bad = dict(PARAMS)
+    layer = dict(bad["segments"][0][0])
+    layer["mlp.up"] = layer["mlp.up"].at[1, 3, 4].set(value)
+    bad["segments"] = ((layer,),)
+    with pytest.raises(ParamsError, match=r"layers\.1\.mlp\.up holds NaN or infinite") as e:
+        ip.quantize(bits=8)(BARE).convert(bad)
+    assert e.value.fix
+
+
+def test_a_packed_embedding_and_head_read_as_their_values() -> None:
+    model = ip.quantize(bits=8, where="[eh]*")(BARE)
+    params = model.convert(PARAMS)
+    dense = (ip.quantize(bits=8, where="[eh]*") | ip.dequantize())(BARE)
+    tokens = jnp.asarray([[1, 2, 3]], jnp.int32)
+    got, want = (jax.jit(m.apply)(p, tokens)[0] for m, p in ((model, params), (dense, dense.convert(PARAMS))))
+    np.testing.assert_allclose(np.asarray(got), np.asarray(want), atol=1e-5)
