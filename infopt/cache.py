@@ -83,8 +83,10 @@ class Layout:
     def place(self, slot: Int[Array, "B N"], table: Any) -> Int[Array, "B N"]:
         """Where slots lie in the pool of pages, by a row's block table `[B, pages]`; unallocated: nowhere."""
         assert self.page is not None
-        page = jnp.take_along_axis(table, jnp.minimum(slot // self.page, table.shape[1] - 1), axis=1)
-        return jnp.where((page >= 0) & (slot < self.slots), page * self.page + slot % self.page, _NOWHERE)
+        index = slot // self.page
+        page = jnp.take_along_axis(table, jnp.minimum(index, table.shape[1] - 1), axis=1)
+        allocated = (index < table.shape[1]) & (page >= 0) & (slot < self.slots)
+        return jnp.where(allocated, page * self.page + slot % self.page, _NOWHERE)
 
 
 @functools.partial(
@@ -155,9 +157,11 @@ def rollback(state: State, n: int | np.ndarray | Array) -> State:
             why="what it must refuse is known only on the host.",
             fix="call it between steps, outside jit",
         )
-    lengths, peak = np.asarray(state.lengths), np.asarray(state.peak)
-    left = lengths - np.asarray(n, np.int32)
-    if np.any(np.asarray(n) < 0) or np.any(left < 0):
+    lengths, peak, taken = np.asarray(state.lengths), np.asarray(state.peak), np.asarray(n)
+    if taken.dtype.kind not in "iu" or taken.shape not in ((), lengths.shape):
+        raise InfoptError(f"cannot take {n!r} tokens back.", fix=f"a whole number, or {len(lengths)} of them")
+    left = lengths - taken.astype(np.int32)
+    if np.any(taken < 0) or np.any(left < 0):
         raise InfoptError(f"cannot take {n} tokens back from rows of {lengths.tolist()}.", fix="0 <= n <= lengths")
     if state.lookahead is not None and np.any(peak - left > state.lookahead):
         raise InfoptError(

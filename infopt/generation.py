@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ import numpy as np
 
 from infopt.cache import State
 from infopt.errors import PromptError
-from infopt.model import Model, build, check_length, check_params
+from infopt.model import Functions, Model, build, check_length, check_params, context_limit
 from infopt.sampling import Sampling
 from infopt.spec import Spec
 from infopt.typing import Array, Params
@@ -55,6 +55,7 @@ class Generation:
       prompt_tokens, new_tokens: of all rows together.
       compile_seconds, prefill_seconds, decode_seconds: apart from each other; a second call does not compile.
       rounds: rounds of decoding, of all rows together.
+      emitted: tokens that they gave, those behind a stop string included.
       acceptance: share of the draft's guesses that were right; None unless speculative.
     """
 
@@ -68,6 +69,7 @@ class Generation:
     prefill_seconds: float
     decode_seconds: float
     rounds: int
+    emitted: int
     acceptance: float | None
 
     @property
@@ -82,7 +84,7 @@ class Generation:
     @property
     def tokens_per_round(self) -> float:
         """1 for plain decoding, up to k + 1 under speculation."""
-        return self.new_tokens / max(self.rounds, 1)
+        return self.emitted / max(self.rounds, 1)
 
 
 class Compiled:
@@ -107,14 +109,17 @@ class Compiled:
         return self._executables[key](*args)
 
 
-@functools.lru_cache(maxsize=64)
 def compiled(spec: Spec) -> tuple[Compiled, Compiled]:
     """Prefill and several rounds of decoding, for all models of a Spec.
 
     For one batch size and one length of the state (lengths double), prefill compiles at most `len(BUCKETS)` times and
-    decoding once, whatever the prompts and options.
+    decoding once, whatever the prompts and options (and once more for each doubling beyond 8 stop tokens).
     """
-    f = build(spec)
+    return _compiled(build(spec))
+
+
+@functools.lru_cache(maxsize=64)
+def _compiled(f: Functions) -> tuple[Compiled, Compiled]:
     width = f.lookahead
 
     def prefill(params: Params, tokens: Array, state: State, count: Array) -> State:
@@ -136,7 +141,7 @@ def compiled(spec: Spec) -> tuple[Compiled, Compiled]:
             step, last, state, budget, filled, tokens, logprobs, took, offered = c
             active = budget > 0
             e, state = f.decode(params, last, state, sampling, active)
-            stop = (e.tokens[..., None] == stops).any(-1)
+            stop = (e.tokens[..., None] == stops[None, None]).any(-1)
             keep = column < jnp.minimum(e.count, budget)[:, None]
             ended = jnp.cumsum((stop & keep).astype(jnp.int32), 1)
             keep &= (ended - stop.astype(jnp.int32)) <= 0
@@ -183,6 +188,8 @@ def _read_prompts(model: Model, prompts: Prompts) -> tuple[list[list[int]], bool
     """Token ids of each prompt, and whether it was a single one."""
     if isinstance(prompts, np.ndarray | jax.Array):
         prompts = np.asarray(prompts).tolist()
+    if not isinstance(prompts, str | list | tuple):
+        raise PromptError(f"prompts are a {type(prompts).__name__}.", fix="a text, token ids, or a list of either")
     single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int | np.integer))
     several: Any = [prompts] if single else list(prompts)
     if not several:
@@ -196,7 +203,7 @@ def _read_prompts(model: Model, prompts: Prompts) -> tuple[list[list[int]], bool
                     fix="token ids, or a model loaded with its tokenizer",
                 )
             ids = model.tokenizer.encode(prompt)
-        elif all(isinstance(t, int | np.integer) for t in prompt):
+        elif isinstance(prompt, Sequence | np.ndarray) and all(isinstance(t, int | np.integer) for t in prompt):
             ids = [int(t) for t in prompt]
         else:
             raise PromptError(f"prompt {i} is neither a text nor a list of token ids.", fix="str, or list of int")
@@ -224,26 +231,17 @@ def _length(spec: Spec, longest: int, max_new: int, max_len: int | None) -> int:
     if max_len is not None:
         if need > max_len:
             raise PromptError(
-                f"{what} do not fit max_len={max_len}.", fix=f"max_len={need}, or max_new={max_len - longest - k}"
+                f"{what} do not fit max_len={max_len}.",
+                fix=f"max_len={need}" + f", or max_new={max_len - longest - k}" * (max_len > longest + k),
             )
         check_length(spec, max_len)
         return max_len
-    try:
-        check_length(spec, need)
-    except PromptError as e:
-        raise PromptError(
-            f"{what} exceed the model's context of {spec.config.context}.",
-            why=e.why,
-            fix=f"max_new={spec.config.context - longest - k}, a shorter prompt, or "
-            f"sliding_window({spec.config.context // 2}, sinks=4)"
-            if spec.config.context > longest + k
-            else "a shorter prompt, or a sliding_window",
-        ) from None
+    check_length(spec, need, what)
     length = _SHORTEST
     while length < need:
         length *= 2
-    context = spec.config.context
-    return length if need > context else min(length, context)
+    limit = context_limit(spec)
+    return length if limit is None else min(length, limit)
 
 
 class _Row:
@@ -309,13 +307,18 @@ def stream(
     stop_tokens: Sequence[int] | None = None,
     logprobs: bool = False,
     max_len: int | None = None,
-) -> Iterator[Chunk]:
-    """Generate, giving pieces of text as they become certain. Arguments as `generate`'s.
+) -> Generator[Chunk, None, Generation]:
+    """Generate, giving pieces of text as they become certain. Arguments and errors as `generate`'s.
 
     Returns:
       An iterator of `Chunk`; as a generator's value, the `Generation`.
+
+    >>> import infopt as ip, jax
+    >>> model = ip.cache_kv()(ip.models.llama())
+    >>> sum(len(c.tokens) for c in ip.stream(model, model.init(jax.random.key(0)), [5, 6, 7], max_new=4))
+    4
     """
-    run = _run(
+    return _start(
         model,
         params,
         prompts,
@@ -334,7 +337,6 @@ def stream(
             logprobs=logprobs,
         ),
     )
-    return (yield from run)
 
 
 def generate(
@@ -380,7 +382,7 @@ def generate(
     >>> len(out.tokens), out.finish
     (4, 'length')
     """
-    run = _run(
+    run = _start(
         model,
         params,
         prompts,
@@ -408,7 +410,7 @@ def generate(
             callback(chunk)
 
 
-def _run(
+def _start(
     model: Model,
     params: Params,
     prompts: Prompts,
@@ -418,27 +420,46 @@ def _run(
     max_len: int | None,
     rounds_a_call: int,
     options: dict[str, Any],
-):
+) -> Generator[Chunk, None, Generation]:
+    """Check everything that the caller gave; the generator that is returned does the work."""
     spec, tokenizer = model.spec, model.tokenizer
-    if isinstance(max_new, bool) or not isinstance(max_new, int) or max_new < 1:
-        raise PromptError(f"max_new={max_new!r} is not a whole number >= 1.", fix="max_new=64, say")
-    stop = (stop,) if isinstance(stop, str) else tuple(stop)
+    for name, value in (("max_new", max_new), ("max_len", max_new if max_len is None else max_len)):
+        if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
+            raise PromptError(f"{name}={value!r} is not a whole number >= 1.", fix=f"{name}=64, say")
+    stop = (stop,) if isinstance(stop, str) else tuple(stop or ())
     if any(not isinstance(s, str) or not s for s in stop):
         raise PromptError(f"stop={stop!r} holds what is no text.", fix="non-empty strings; ids go to stop_tokens")
     if stop and tokenizer is None:
         raise PromptError("stop strings were given to a model without a tokenizer.", fix="stop_tokens=[...]")
     eos = () if tokenizer is None else tokenizer.eos_ids
-    enders = [int(t) for t in (eos if stop_tokens is None else stop_tokens)]
-    if any(not 0 <= t < spec.config.vocab for t in enders):
+    enders: list[int] = list(eos if stop_tokens is None else np.atleast_1d(stop_tokens).tolist())
+    if any(not isinstance(t, int) or not 0 <= t < spec.config.vocab for t in enders):
         raise PromptError(
             f"stop_tokens={enders} are not all in the vocabulary of {spec.config.vocab}.",
             fix="token ids of this model",
         )
     rows, single = _read_prompts(model, prompts)
     check_params(spec, params)
-    batch, longest = len(rows), max(map(len, rows))
-    sampling = Sampling.of(batch, **options)
+    longest = max(map(len, rows))
+    sampling = Sampling.of(len(rows), **options)
     length = _length(spec, longest, max_new, max_len)
+    return _run(model, params, rows, single, sampling, length, max_new, stop, enders, rounds_a_call)
+
+
+def _run(
+    model: Model,
+    params: Params,
+    rows: list[list[int]],
+    single: bool,
+    sampling: Sampling,
+    length: int,
+    max_new: int,
+    stop: tuple[str, ...],
+    enders: list[int],
+    rounds_a_call: int,
+) -> Generator[Chunk, None, Generation]:
+    spec, tokenizer = model.spec, model.tokenizer
+    batch, longest = len(rows), max(map(len, rows))
     prefill, rounds = compiled(spec)
     compiling = prefill.seconds + rounds.seconds
 
@@ -462,29 +483,31 @@ def _run(
 
     texts = [_Row(tokenizer, stop) for _ in rows]
     last = jnp.asarray([r[-1] for r in rows], jnp.int32)
-    stops = jnp.asarray(sorted(set(enders)) or [-2], jnp.int32)
+    unique = sorted(set(enders))
+    stops = jnp.asarray(unique + [-2] * (max(8, 1 << (len(unique) - 1).bit_length()) - len(unique)), jnp.int32)
     budget = np.full(batch, max_new, np.int32)
-    limit, took, offered, decoding = 1 if rounds_a_call != _ROUNDS else _ROUNDS, 0, 0, 0.0
+    limit, took, offered, emitted, decoding = 1 if rounds_a_call != _ROUNDS else _ROUNDS, 0, 0, 0, 0.0
     if stop:
         limit = min(limit, _ROUNDS_STREAMED)
     while budget.any():
         start = time.perf_counter()
-        before = rounds.seconds
+        compiled_before = rounds.seconds
         last, state, left, filled, tokens, logps, t, o = rounds(
             params, last, state, sampling, jnp.asarray(budget), stops, jnp.int32(limit)
         )
         left, filled, tokens, logps = (np.array(x) for x in (left, filled, tokens, logps))
-        took, offered = took + int(t.sum()), offered + int(o.sum())
-        decoding += time.perf_counter() - start - (rounds.seconds - before)
+        took, offered, emitted = took + int(t.sum()), offered + int(o.sum()), emitted + int(filled.sum())
+        decoding += time.perf_counter() - start - (rounds.seconds - compiled_before)
         for b, text in enumerate(texts):
             if not budget[b]:
                 continue
             new = tokens[b, : filled[b]].tolist()
             ended = "" if left[b] else ("stop" if new[-1] in enders else "length")
+            before = len(text.tokens)
             piece = text.push(new, logps[b, : filled[b]].tolist(), ended)
             if text.finish:
                 left[b] = 0
-            yield Chunk(b, piece, new)
+            yield Chunk(b, piece, text.tokens[before:])
         budget = left
         limit = rounds_a_call if not stop else _ROUNDS_STREAMED
 
@@ -495,7 +518,7 @@ def _run(
     return Generation(
         text=None if tokenizer is None else each([t.text for t in texts]),
         tokens=each([t.tokens for t in texts]),
-        logprobs=each([t.logprobs for t in texts]) if options["logprobs"] else None,
+        logprobs=each([t.logprobs for t in texts]) if bool(sampling.logprobs.any()) else None,
         finish=each([t.finish for t in texts]),
         prompt_tokens=sum(map(len, rows)),
         new_tokens=sum(len(t.tokens) for t in texts),
@@ -503,5 +526,6 @@ def _run(
         prefill_seconds=prefilled - began - compiled_prefill,
         decode_seconds=decoding,
         rounds=took,
+        emitted=emitted,
         acceptance=(offered - took) / (k * took) if k and took else None,
     )

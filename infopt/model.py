@@ -642,14 +642,22 @@ def _build_speculative(spec: Spec, program: Speculation) -> Functions:
     return Functions(init_state, hidden, head, apply, decode, lookahead=k + 1)
 
 
-def check_length(spec: Spec, length: int) -> None:
-    """Raise unless texts of `length` tokens stay inside the trained context, or every layer has a window within it."""
+def context_limit(spec: Spec) -> int | None:
+    """The longest text that a stack and its draft can read; None where every layer has a window within the context."""
     context = spec.config.context
-    if length > context and any(w is None or w.size > context for w in spec.window):
+    own = [context] if any(w is None or w.size > context for w in spec.window) else []
+    draft = context_limit(spec.program.draft) if spec.program else None
+    return min(own + ([] if draft is None else [draft]), default=None)
+
+
+def check_length(spec: Spec, length: int, what: str = "") -> None:
+    """Raise unless texts of `length` tokens stay inside what `context_limit` says."""
+    limit = context_limit(spec)
+    if limit is not None and length > limit:
         raise PromptError(
-            f"{length} tokens exceed the model's context of {context}.",
+            f"{what or f'{length} tokens'} exceed the model's context of {limit}.",
             why="some layers see all of the text, at distances that they were not trained on.",
-            fix=f"at most {context} tokens, or sliding_window({context // 2}, sinks=4) to go on for ever",
+            fix=f"at most {limit} tokens in all, or sliding_window({max(limit // 2, 1)}, sinks=4) to go on for ever",
         )
 
 
@@ -810,8 +818,11 @@ def spec_from_json(text: str) -> Spec:
     def window(x: Any) -> Window | None:
         return None if x is None else Window(**x)
 
+    def hashable(x: Any) -> Any:
+        return tuple(map(hashable, x)) if isinstance(x, list) else x
+
     def spec(x: Any) -> Spec:
-        config: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in x["config"].items()}
+        config: dict[str, Any] = {k: hashable(v) for k, v in x["config"].items()}
         if config.get("rope_scaling"):
             config["rope_scaling"] = Llama3Rope(**config["rope_scaling"])
         if x["family"] not in FAMILIES:
@@ -830,4 +841,12 @@ def spec_from_json(text: str) -> Spec:
             None if x["program"] is None else Speculation(spec(x["program"]["draft"]), x["program"]["k"]),
         )
 
-    return spec(json.loads(text))
+    try:
+        return spec(json.loads(text))
+    except (KeyError, TypeError, ValueError) as e:
+        if isinstance(e, InfoptError):
+            raise
+        raise InfoptError(
+            f"the text is not a Spec: {type(e).__name__}: {e}.",
+            fix="what Spec.to_json wrote, by this version of infopt",
+        ) from e

@@ -54,8 +54,10 @@ def linear(x: Float[Array, "*B I"], weights: Any, layer: Any = None) -> Any:
 
 def embed(table: Any, tokens: Int[Array, "*B"]) -> Float[Array, "*B D"]:
     """Rows of a table `[V, D]`, dense or packed."""
-    rows = jax.tree.map(lambda leaf: leaf[tokens], table)
-    return dequantize_array(rows) if is_qtensor(rows) else rows
+    if not is_qtensor(table):
+        return table[tokens]
+    table = dataclasses.replace(table, scale=_no_gradient(table.scale))
+    return dequantize_array(table[tokens])
 
 
 def rms_norm(x: Float[Array, "*B D"], weight: Any, layer: Any, eps: float, offset: float = 0.0) -> Float[Array, "*B D"]:

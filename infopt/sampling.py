@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -51,13 +50,13 @@ class Sampling:
     def of(
         batch: int,
         *,
-        seed: int | Sequence[int] = 0,
-        temperature: float | Sequence[float] = 0.0,
-        top_k: int | Sequence[int] = 0,
-        top_p: float | Sequence[float] = 1.0,
-        min_p: float | Sequence[float] = 0.0,
-        repetition_penalty: float | Sequence[float] = 1.0,
-        logprobs: bool | Sequence[bool] = False,
+        seed: Any = 0,
+        temperature: Any = 0.0,
+        top_k: Any = 0,
+        top_p: Any = 1.0,
+        min_p: Any = 0.0,
+        repetition_penalty: Any = 1.0,
+        logprobs: Any = False,
         mask: Any = None,
     ) -> Sampling:
         """Options for `batch` rows, each one value for all or a sequence of one a row.
@@ -77,12 +76,16 @@ class Sampling:
                 raise SamplingError(
                     f"{name} has shape {x.shape} for {batch} rows.", fix=f"one value, or {batch} of them"
                 )
-            if x.dtype.kind not in "biuf" or not np.all(np.isfinite(x.astype(float)) & ok(x)):
+            if x.dtype.kind not in "biuf" or x.size == 0 or not np.all(np.isfinite(x.astype(float)) & ok(x)):
                 raise SamplingError(f"{name}={value!r} is out of range.", fix=f"{name} {range_}")
             return jnp.asarray(np.broadcast_to(x, (batch,)).astype(dtype))
 
         whole = lambda x: np.equal(np.mod(x, 1), 0)  # noqa: E731
-        seeds = np.asarray(seed) + np.arange(batch) if np.ndim(seed) == 0 else np.asarray(seed)
+        seeds = np.asarray(seed)
+        if seeds.ndim == 0 and seeds.dtype.kind in "iuf":
+            seeds = seeds + np.arange(batch)
+        if mask is not None and (np.ndim(mask) != 2 or mask.shape[0] != batch or mask.dtype != bool):
+            raise SamplingError(f"mask is {mask.dtype}{list(np.shape(mask))}.", fix=f"bool [{batch}, words]")
         return Sampling(
             seed=rows("seed", seeds, np.uint32, lambda x: whole(x) & (x >= 0) & (x < 2**32), "in 0 .. 2**32 - 1"),
             temperature=rows("temperature", temperature, np.float32, lambda x: x >= 0, ">= 0 (0 is greedy)"),

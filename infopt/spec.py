@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import numbers
 from typing import Any
 
+from infopt.errors import InfoptError
 from infopt.qtensor import Format
 
 
@@ -59,12 +61,11 @@ class Config:
     context: int
 
     def __post_init__(self) -> None:
-        from infopt.errors import InfoptError
-
         for field in ("vocab", "dim", "layers", "heads", "kv_heads", "head_dim", "context"):
             value = getattr(self, field)
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, numbers.Integral) or value < 1:
                 raise InfoptError(f"{type(self).__name__}: {field}={value!r} is not a positive whole number.")
+            object.__setattr__(self, field, int(value))  # numpy's are not JSON-able
         if self.heads % self.kv_heads:
             raise InfoptError(
                 f"{type(self).__name__}: kv_heads={self.kv_heads} does not divide heads={self.heads}.",

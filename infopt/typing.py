@@ -15,7 +15,6 @@ Params = dict[str, Any]
 """A pytree of arrays and QTensors: `{"embed", "final_norm", ["head"], "segments"}`; see `infopt.model`."""
 
 
-
 def is_traced(x: Any) -> bool:
     """Whether `x` is inside a transformation (jit, grad, vmap), where its values are not known."""
     return isinstance(x, jax.core.Tracer)

@@ -315,8 +315,11 @@ STOPS = [
     # a stop string over three tokens, the first of which begins before it
     (("er:",), (0, 8, 9, 10, 11, 2), "\nUs", [8, 9, 10, 11]),
     (("\nUser:",), (0, 1, 8, 9, 10, 11, 2), " c", [1, 8, 9, 10, 11]),
+    # one that begins with the first token, and one that lies across two calls of four rounds
+    (("User:",), (0, 9, 10, 11, 2), "", [9, 10, 11]),
+    (("User:",), (0, 1, 12, 3, 8, 9, 10, 11, 2), " c a sat\n", [1, 12, 3, 8, 9, 10, 11]),
     # begins like a stop string and is none
-    (("User!",), (0, 1, 9, 10, 11), " cUser:AA", [1, 9, 10, 11, 16, 16]),
+    (("User!",), (0, 1, 9, 10, 11), " cUser:AAAA", [1, 9, 10, 11, 16, 16, 16, 16]),
     # a partial match that begins again inside itself
     (("aabb",), (0, 12, 15, 13, 2), " a", [12, 15, 13]),
     # of several, the one that comes first in the text
@@ -329,17 +332,17 @@ STOPS = [
 
 @pytest.mark.parametrize(("stop", "chain", "text", "tokens"), STOPS, ids=[repr(s[0]) for s in STOPS])
 def test_text_ends_before_a_stop_string(stop: Any, chain: Any, text: str, tokens: list[int]) -> None:
-    out = ip.generate(SPEAKER, script(*chain), ["the"], max_new=6, stop=stop)
+    out = ip.generate(SPEAKER, script(*chain), ["the"], max_new=8, stop=stop)
     assert out.text == [text]
     assert out.tokens == [tokens]
-    assert out.finish == ["length" if len(tokens) == 6 else "stop"]
+    assert out.finish == ["length" if len(tokens) == 8 else "stop"]
     assert out.new_tokens == len(tokens)
 
 
 @pytest.mark.parametrize(("stop", "chain", "text", "tokens"), STOPS, ids=[repr(s[0]) for s in STOPS])
 def test_streaming_never_shows_a_part_of_a_stop_string(stop: Any, chain: Any, text: str, tokens: list[int]) -> None:
     params = script(*chain)
-    chunks, out = streamed(["the"], params, max_new=6, stop=stop)
+    chunks, out = streamed(["the"], params, max_new=8, stop=stop)
     so_far = ""
     for chunk in chunks:
         so_far += chunk.text
@@ -349,7 +352,7 @@ def test_streaming_never_shows_a_part_of_a_stop_string(stop: Any, chain: Any, te
 
 @pytest.mark.parametrize(("stop", "chain", "text", "tokens"), STOPS[:2], ids=[repr(s[0]) for s in STOPS[:2]])
 def test_chunks_give_the_tokens_of_the_result(stop: Any, chain: Any, text: str, tokens: list[int]) -> None:
-    chunks, out = streamed(["the"], script(*chain), max_new=6, stop=stop)
+    chunks, out = streamed(["the"], script(*chain), max_new=8, stop=stop)
     assert [t for c in chunks for t in c.tokens] == out.tokens[0] == tokens
 
 

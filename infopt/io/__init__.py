@@ -38,8 +38,9 @@ def load(name_or_path: str | Path, dtype: str = "float32") -> tuple[Model, Param
     if dtype not in DTYPES:
         raise CheckpointError(f"weights cannot be read as dtype={dtype!r}.", fix=nearest(str(dtype), list(DTYPES)))
     checkpoint = _open(str(name_or_path), dtype)
-    model = Model.of(FAMILIES[checkpoint.family], checkpoint.config, checkpoint.tokenizer,
-                     tuple(checkpoint.formats.items()))
+    model = Model.of(
+        FAMILIES[checkpoint.family], checkpoint.config, checkpoint.tokenizer, tuple(checkpoint.formats.items())
+    )
     return model, assemble(model.spec, checkpoint.weights)
 
 
@@ -52,15 +53,19 @@ def _open(name: str, dtype: str) -> Checkpoint:
         return huggingface.open_checkpoint(path, dtype)
     if not path.exists():
         if any(mark in name for mark in "/\\~") or path.suffix in (".gguf", ".safetensors", ".bin", ".json"):
-            raise CheckpointError(f"there is no file or folder {name!r}.",
-                                  fix='check the path; for a model by name write infopt.load("smollm2-135m")')
+            raise CheckpointError(
+                f"there is no file or folder {name!r}.",
+                fix='check the path; for a model by name write infopt.load("smollm2-135m")',
+            )
         from infopt.io import hub
 
         path = hub.resolve(name)
     if path.name.endswith((".safetensors", ".safetensors.index.json")) or path.name == "config.json":
-        raise CheckpointError(f"{name!r} is one file of a Hugging Face folder.",
-                              why="the config and the tokenizer stand in files beside it.",
-                              fix=f"infopt.load({str(path.parent)!r})")
+        raise CheckpointError(
+            f"{name!r} is one file of a Hugging Face folder.",
+            why="the config and the tokenizer stand in files beside it.",
+            fix=f"infopt.load({str(path.parent)!r})",
+        )
     from infopt.io import gguf
 
     return gguf.open_checkpoint(path, dtype)

@@ -69,15 +69,19 @@ def make_config(cls: type[Any], where: str, **fields: Any) -> Any:
     try:
         return cls(**fields)
     except InfoptError as error:
-        raise CheckpointError(f"{where} describes a model that cannot be.", why=error.one_line,
-                              fix="fetch or convert the model again") from error
+        raise CheckpointError(
+            f"{where} describes a model that cannot be.", why=error.one_line, fix="fetch or convert the model again"
+        ) from error
 
 
 def check_layers(where: str, config: Config, tensors: int) -> None:
     """Raise where a damaged number of layers would have us list millions of names."""
     if config.layers > tensors:
-        raise CheckpointError(f"{where} has {tensors} tensors, too few for {config.layers} layers.",
-                              why="its config asks for them.", fix="fetch or convert the model again")
+        raise CheckpointError(
+            f"{where} has {tensors} tensors, too few for {config.layers} layers.",
+            why="its config asks for them.",
+            fix="fetch or convert the model again",
+        )
 
 
 def check_tensors(where: str, wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
@@ -86,16 +90,24 @@ def check_tensors(where: str, wanted: Mapping[str, tuple[int, ...]], found: Mapp
     extra = [name for name in found if name not in wanted]
     if missing:
         guess = f" {nearest(missing[0], extra)}" if extra else ""
-        raise CheckpointError(f"{where} has no tensor {_some(missing)}.", why=f"its config asks for it.{guess}",
-                              fix="fetch or convert the model again")
+        raise CheckpointError(
+            f"{where} has no tensor {_some(missing)}.",
+            why=f"its config asks for it.{guess}",
+            fix="fetch or convert the model again",
+        )
     if extra:
-        raise CheckpointError(f"{where} holds a tensor that the model does not use: {_some(extra)}.",
-                              why="leaving it out would compute another model than the file's.",
-                              fix="use a checkpoint of the plain architecture, without biases or adapters")
+        raise CheckpointError(
+            f"{where} holds a tensor that the model does not use: {_some(extra)}.",
+            why="leaving it out would compute another model than the file's.",
+            fix="use a checkpoint of the plain architecture, without biases or adapters",
+        )
     for name, shape in wanted.items():
         if found[name] != shape:
-            raise CheckpointError(f"{where}: {name} has shape {_shape(found[name])}, not {_shape(shape)}.",
-                                  why="its config asks for the latter.", fix="fetch or convert the model again")
+            raise CheckpointError(
+                f"{where}: {name} has shape {_shape(found[name])}, not {_shape(shape)}.",
+                why="its config asks for the latter.",
+                fix="fetch or convert the model again",
+            )
 
 
 def _shape(shape: Iterable[int]) -> str:

@@ -93,8 +93,11 @@ class File:
         value = self.fields.get(key, default)
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
             state = "is missing" if value is None else f"is {value!r:.40}"
-            raise CheckpointError(f"{self.name}: its metadata {key!r} {state}.",
-                                  why="without it the model cannot be told.", fix="fetch or convert the model again")
+            raise CheckpointError(
+                f"{self.name}: its metadata {key!r} {state}.",
+                why="without it the model cannot be told.",
+                fix="fetch or convert the model again",
+            )
         return value
 
 
@@ -147,22 +150,29 @@ def open_file(path: Path) -> File:
             size = path.stat().st_size
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else None
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read.", why=error.strerror or str(error),
-                              fix="check the file and its permissions") from error
+        raise CheckpointError(
+            f"{path} cannot be read.", why=error.strerror or str(error), fix="check the file and its permissions"
+        ) from error
     if data is None or data[:4] != b"GGUF":
-        raise CheckpointError(f"{path} is not a GGUF file.",
-                              why="it is empty." if data is None else f"it begins with {data[:4]!r}, not b'GGUF'.",
-                              fix="give a .gguf file, a Hugging Face folder, or a model's name")
+        raise CheckpointError(
+            f"{path} is not a GGUF file.",
+            why="it is empty." if data is None else f"it begins with {data[:4]!r}, not b'GGUF'.",
+            fix="give a .gguf file, a Hugging Face folder, or a model's name",
+        )
     try:
         return _parse(path.name, data)
     except (EOFError, struct.error) as error:
-        raise CheckpointError(f"{path} is truncated.", why=f"its header runs on past the file's {size:,} bytes.",
-                              fix="fetch the file again") from error
+        raise CheckpointError(
+            f"{path} is truncated.",
+            why=f"its header runs on past the file's {size:,} bytes.",
+            fix="fetch the file again",
+        ) from error
     except (ValueError, KeyError, OverflowError, MemoryError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{path} is damaged.", why=f"its header cannot be read: {error}",
-                              fix="fetch the file again") from error
+        raise CheckpointError(
+            f"{path} is damaged.", why=f"its header cannot be read: {error}", fix="fetch the file again"
+        ) from error
 
 
 def _parse(name: str, data: mmap.mmap) -> File:
@@ -171,8 +181,11 @@ def _parse(name: str, data: mmap.mmap) -> File:
     version = cursor.read("I")
     if version not in (2, 3):
         kind = "is big-endian" if version and version & 0xFFFF == 0 else f"has version {version} of the format"
-        raise CheckpointError(f"{name} {kind}.", why="little-endian files of versions 2 and 3 are read.",
-                              fix="convert the model again with a present converter")
+        raise CheckpointError(
+            f"{name} {kind}.",
+            why="little-endian files of versions 2 and 3 are read.",
+            fix="convert the model again with a present converter",
+        )
     tensor_count, field_count = cursor.read("Q"), cursor.read("Q")
     fields: dict[str, Any] = {}
     for _ in range(field_count):
@@ -193,8 +206,9 @@ def _parse(name: str, data: mmap.mmap) -> File:
     return File(name, fields, {key: _tensor(name, data, start, key, *info) for key, info in infos.items()})
 
 
-def _tensor(file: str, data: mmap.mmap, start: int, name: str, shape: tuple[int, ...], kind: GGMLQuantizationType,
-            offset: int) -> Tensor:
+def _tensor(
+    file: str, data: mmap.mmap, start: int, name: str, shape: tuple[int, ...], kind: GGMLQuantizationType, offset: int
+) -> Tensor:
     block, bytes_per_block = GGML_QUANT_SIZES[kind]
     width = shape[-1] if shape else 1
     if width % block or 0 in shape:
@@ -204,8 +218,11 @@ def _tensor(file: str, data: mmap.mmap, start: int, name: str, shape: tuple[int,
         count *= axis
     end = start + offset + row * count
     if end > len(data):
-        raise CheckpointError(f"{file} is truncated.", why=f"its tensor {name!r} ends at byte {end:,}, "
-                              f"but the file has {len(data):,}.", fix="fetch the file again")
+        raise CheckpointError(
+            f"{file} is truncated.",
+            why=f"its tensor {name!r} ends at byte {end:,}, but the file has {len(data):,}.",
+            fix="fetch the file again",
+        )
     return Tensor(kind, shape, np.frombuffer(data, np.uint8, row * count, start + offset).reshape(count, row))
 
 
@@ -218,8 +235,16 @@ def _common(f: File, arch: str) -> dict[str, Any]:
     def number(key: str, default: Any = None) -> int:
         return f.get(f"{arch}.{key}", int, default)
 
-    _refuse(f, arch, {"expert_count": "mixtures of experts", "attn_logit_softcapping": "capped attention scores",
-                      "final_logit_softcapping": "capped logits", "attention.clamp_kqv": "clamped projections"})
+    _refuse(
+        f,
+        arch,
+        {
+            "expert_count": "mixtures of experts",
+            "attn_logit_softcapping": "capped attention scores",
+            "final_logit_softcapping": "capped logits",
+            "attention.clamp_kqv": "clamped projections",
+        },
+    )
     if f.fields.get(f"{arch}.attention.causal") is False:
         raise CheckpointError(f"{f.name} is not a model that writes text.", why="its attention looks ahead.")
     heads, dim = number("attention.head_count"), number("embedding_length")
@@ -227,27 +252,41 @@ def _common(f: File, arch: str) -> dict[str, Any]:
     if isinstance(kv_heads, list) and len(set(kv_heads)) == 1:
         kv_heads = kv_heads[0]
     if isinstance(kv_heads, list):
-        raise CheckpointError(f"{f.name} has layers of different numbers of key/value heads.",
-                              fix="use a checkpoint whose layers are alike")
+        raise CheckpointError(
+            f"{f.name} has layers of different numbers of key/value heads.",
+            fix="use a checkpoint whose layers are alike",
+        )
     head_dim = number("attention.key_length", dim // max(heads, 1))
     for key in ("attention.value_length", "rope.dimension_count"):
         if number(key, head_dim) != head_dim:
-            raise CheckpointError(f"{f.name}: {arch}.{key} is {number(key)}, but its heads are {head_dim} wide.",
-                                  why="rotary positions over a part of a head are not computed here.")
+            raise CheckpointError(
+                f"{f.name}: {arch}.{key} is {number(key)}, but its heads are {head_dim} wide.",
+                why="rotary positions over a part of a head are not computed here.",
+            )
     tokens = f.fields.get("tokenizer.ggml.tokens")
     embed = f.tensors.get("token_embd.weight")
     vocab = number("vocab_size", len(tokens) if tokens else embed.shape[0] if embed else None)
-    return dict(vocab=vocab, dim=dim, layers=number("block_count"), heads=heads, kv_heads=kv_heads, head_dim=head_dim,
-                context=number("context_length"), mlp=number("feed_forward_length"),
-                norm_eps=f.get(f"{arch}.attention.layer_norm_rms_epsilon", float),
-                tied="output.weight" not in f.tensors)
+    return dict(
+        vocab=vocab,
+        dim=dim,
+        layers=number("block_count"),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        context=number("context_length"),
+        mlp=number("feed_forward_length"),
+        norm_eps=f.get(f"{arch}.attention.layer_norm_rms_epsilon", float),
+        tied="output.weight" not in f.tensors,
+    )
 
 
 def _refuse(f: File, arch: str, keys: dict[str, str]) -> None:
     for key, what in keys.items():
         if f.fields.get(f"{arch}.{key}"):
-            raise CheckpointError(f"{f.name} has {what} ({arch}.{key}), which are not computed here.",
-                                  fix="use a checkpoint of the plain architecture")
+            raise CheckpointError(
+                f"{f.name} has {what} ({arch}.{key}), which are not computed here.",
+                fix="use a checkpoint of the plain architecture",
+            )
 
 
 def _linear_factor(f: File, arch: str) -> float:
@@ -257,8 +296,10 @@ def _linear_factor(f: File, arch: str) -> float:
     if kind == "none" or factor in (0.0, 1.0):
         return 1.0
     if kind != "linear":
-        raise CheckpointError(f"{f.name} stretches its positions by {kind!r}, which is not computed here.",
-                              fix="use a checkpoint with plain, linear (Gemma 3) or Llama 3 positions")
+        raise CheckpointError(
+            f"{f.name} stretches its positions by {kind!r}, which is not computed here.",
+            fix="use a checkpoint with plain, linear (Gemma 3) or Llama 3 positions",
+        )
     return factor
 
 
@@ -266,8 +307,10 @@ def _llama(f: File) -> LlamaConfig:
     common, theta = _common(f, "llama"), f.get("llama.rope.freq_base", float, 10000.0)
     _refuse(f, "llama", {"attention.sliding_window": "a sliding window", "attention.scale": "a scale of its own"})
     if _linear_factor(f, "llama") != 1:
-        raise CheckpointError(f"{f.name} divides its positions (llama.rope.scaling.factor); a Llama here does not.",
-                              fix="use a checkpoint with plain or Llama 3 positions")
+        raise CheckpointError(
+            f"{f.name} divides its positions (llama.rope.scaling.factor); a Llama here does not.",
+            fix="use a checkpoint with plain or Llama 3 positions",
+        )
     scaling = _llama3_rope(f, theta, common["head_dim"]) if ROPE_FACTORS in f.tensors else None
     return make_config(LlamaConfig, f.name, rope_theta=theta, rope_scaling=scaling, **common)
 
@@ -289,8 +332,10 @@ def _llama3_rope(f: File, theta: float, head_dim: int) -> Llama3Rope | None:
         expected = 1 / ((1 - smooth) / factor + smooth)
         if factors.shape == expected.shape and np.allclose(factors, expected, rtol=1e-4):
             return Llama3Rope(factor=factor, low_freq_factor=1.0, high_freq_factor=4.0, original_context=int(context))
-    raise CheckpointError(f"{f.name} stretches its rotary wavelengths ({ROPE_FACTORS}) in a way that is not Llama 3's.",
-                          fix="load the Hugging Face folder of this model, whose config.json says how")
+    raise CheckpointError(
+        f"{f.name} stretches its rotary wavelengths ({ROPE_FACTORS}) in a way that is not Llama 3's.",
+        fix="load the Hugging Face folder of this model, whose config.json says how",
+    )
 
 
 def _gemma3(f: File) -> Gemma3Config:
@@ -300,16 +345,23 @@ def _gemma3(f: File) -> Gemma3Config:
     if isinstance(pattern, int) and pattern > 0:
         pattern = [(i + 1) % pattern != 0 for i in range(min(pattern, common["layers"]))]
     if not isinstance(pattern, list) or not pattern or not all(isinstance(local, bool) for local in pattern):
-        raise CheckpointError(f"{f.name}: its metadata 'gemma3.attention.sliding_window_pattern' is {pattern!r:.40}.",
-                              fix="fetch or convert the model again")
+        raise CheckpointError(
+            f"{f.name}: its metadata 'gemma3.attention.sliding_window_pattern' is {pattern!r:.40}.",
+            fix="fetch or convert the model again",
+        )
     # The file has no key for the scale of queries. The 27B model alone does not divide by its heads' width.
     wide = common["layers"] == 62
     return make_config(
-        Gemma3Config, f.name, window=window, pattern=shortest_period(pattern),
+        Gemma3Config,
+        f.name,
+        window=window,
+        pattern=shortest_period(pattern),
         query_scale=float(common["dim"] // common["heads"] if wide else common["head_dim"]),
         rope_theta=f.get("gemma3.rope.freq_base", float, 1_000_000.0),
         local_rope_theta=f.get("gemma3.rope.freq_base_swa", float, 10_000.0),
-        rope_factor=_linear_factor(f, "gemma3"), **common)
+        rope_factor=_linear_factor(f, "gemma3"),
+        **common,
+    )
 
 
 CONFIGS: dict[str, Callable[[File], Config]] = {"llama": _llama, "gemma3": _gemma3}
@@ -374,20 +426,27 @@ def open_checkpoint(path: Path, dtype: str) -> Checkpoint:
     f = open_file(path)
     arch = f.get("general.architecture", str)
     if arch not in CONFIGS:
-        raise CheckpointError(f"{f.name} is of an architecture that is not computed here: {arch!r}.",
-                              why=nearest(arch, list(CONFIGS)),
-                              fix="use a model of a known one, or define the family with ip.define")
+        raise CheckpointError(
+            f"{f.name} is of an architecture that is not computed here: {arch!r}.",
+            why=nearest(arch, list(CONFIGS)),
+            fix="use a model of a known one, or define the family with ip.define",
+        )
     config: Any = CONFIGS[arch](f)
     check_layers(f.name, config, len(f.tensors))
     expected = shapes(Model.of(FAMILIES[arch], config).spec)
-    check_tensors(f.name, {file_name(name): shape for name, shape in expected.items()},
-                  {name: t.shape for name, t in f.tensors.items() if name != ROPE_FACTORS})
+    check_tensors(
+        f.name,
+        {file_name(name): shape for name, shape in expected.items()},
+        {name: t.shape for name, t in f.tensors.items() if name != ROPE_FACTORS},
+    )
     for name, t in f.tensors.items():
         try:
             quants.dequantize(t.rows[:1], t.type)
         except (NotImplementedError, ValueError) as error:
-            raise CheckpointError(f"{f.name}: {name} is stored as {t.type.name}, which cannot be dequantised.",
-                                  fix="use a file quantised otherwise, such as Q8_0") from error
+            raise CheckpointError(
+                f"{f.name}: {name} is stored as {t.type.name}, which cannot be dequantised.",
+                fix="use a file quantised otherwise, such as Q8_0",
+            ) from error
 
     formats: dict[str, Format] = {}
     readers: dict[str, Callable[[], Any]] = {}
@@ -415,8 +474,9 @@ def _warn_of_unkept(f: File) -> None:
             by_type.setdefault(t.type.name, []).append(name)
     if by_type:
         listed = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in by_type.items())
-        warnings.warn(f"{f.name}: dtype='keep' keeps Q4_0, Q4_1 and Q8_0; dequantised to float32 were {listed}",
-                      stacklevel=5)
+        warnings.warn(
+            f"{f.name}: dtype='keep' keeps Q4_0, Q4_1 and Q8_0; dequantised to float32 were {listed}", stacklevel=5
+        )
 
 
 # -------------------------------------------------------------------------------------------------------- the tokenizer
@@ -427,9 +487,11 @@ def _tokenizer(f: File) -> Tokenizer | None:
     if kind in (None, "none", "no_vocab"):
         return None
     if kind != "gpt2":
-        warnings.warn(f"{f.name}: its tokenizer is of the kind {kind!r}, and only byte-level BPE ('gpt2') is built "
-                      "from a GGUF file: the model takes token ids, but no text. Its Hugging Face folder may do.",
-                      stacklevel=5)
+        warnings.warn(
+            f"{f.name}: its tokenizer is of the kind {kind!r}, and only byte-level BPE ('gpt2') is built "
+            "from a GGUF file: the model takes token ids, but no text. Its Hugging Face folder may do.",
+            stacklevel=5,
+        )
         return None
     pre = f.get("tokenizer.ggml.pre", str)
     bos = None
@@ -438,6 +500,11 @@ def _tokenizer(f: File) -> Tokenizer | None:
         bos = f.get("tokenizer.ggml.bos_token_id", int)
     ends = [f.fields.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")]
     return Tokenizer.from_tables(
-        f.get("tokenizer.ggml.tokens", list), f.get("tokenizer.ggml.merges", list),
-        f.get("tokenizer.ggml.token_type", list, []), pre, bos=bos,
-        eos_ids=tuple(dict.fromkeys(i for i in ends if i is not None)), where=f.name)
+        f.get("tokenizer.ggml.tokens", list),
+        f.get("tokenizer.ggml.merges", list),
+        f.get("tokenizer.ggml.token_type", list, []),
+        pre,
+        bos=bos,
+        eos_ids=tuple(dict.fromkeys(i for i in ends if i is not None)),
+        where=f.name,
+    )

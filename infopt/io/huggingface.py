@@ -65,8 +65,11 @@ class _Json:
             value = float(value)
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
             state = "is missing" if value is None else f"is {value!r:.40}"
-            raise CheckpointError(f"{self.where}: {key!r} {state}.",
-                                  why="without it the model cannot be told.", fix="fetch the model again")
+            raise CheckpointError(
+                f"{self.where}: {key!r} {state}.",
+                why="without it the model cannot be told.",
+                fix="fetch the model again",
+            )
         return value
 
     def part(self, key: str) -> _Json:
@@ -76,9 +79,11 @@ class _Json:
         """Raise unless each key is absent, null or the one value that this library computes."""
         for key, known in plain.items():
             if (value := self.values.get(key)) is not None and value != known:
-                raise CheckpointError(f"{self.where}: {key}={value!r:.60} is not computed here.",
-                                      why=f"only {key}={known!r} is.",
-                                      fix="use a checkpoint of the plain architecture")
+                raise CheckpointError(
+                    f"{self.where}: {key}={value!r:.60} is not computed here.",
+                    why=f"only {key}={known!r} is.",
+                    fix="use a checkpoint of the plain architecture",
+                )
 
 
 def _read_json(path: Path) -> _Json:
@@ -92,25 +97,42 @@ def _read_json(path: Path) -> _Json:
 
 
 def _common(c: _Json, tied: bool) -> dict[str, Any]:
-    c.refuse(attention_bias=False, mlp_bias=False, attn_logit_softcapping=None, final_logit_softcapping=None,
-             partial_rotary_factor=1, use_bidirectional_attention=False)
+    c.refuse(
+        attention_bias=False,
+        mlp_bias=False,
+        attn_logit_softcapping=None,
+        final_logit_softcapping=None,
+        partial_rotary_factor=1,
+        use_bidirectional_attention=False,
+    )
     if c.values.get("quantization_config"):
-        raise CheckpointError(f"{c.where}: the weights are quantised (quantization_config).",
-                              fix="use the float checkpoint, and quantize(...) here; or a GGUF file")
+        raise CheckpointError(
+            f"{c.where}: the weights are quantised (quantization_config).",
+            fix="use the float checkpoint, and quantize(...) here; or a GGUF file",
+        )
     heads = c.get("num_attention_heads", int)
-    return dict(vocab=c.get("vocab_size", int), dim=c.get("hidden_size", int), layers=c.get("num_hidden_layers", int),
-                heads=heads, kv_heads=c.get("num_key_value_heads", int, heads),
-                head_dim=c.get("head_dim", int, c.get("hidden_size", int) // max(heads, 1)),
-                context=c.get("max_position_embeddings", int), mlp=c.get("intermediate_size", int),
-                norm_eps=c.get("rms_norm_eps", float, 1e-6), tied=c.get("tie_word_embeddings", bool, tied))
+    return dict(
+        vocab=c.get("vocab_size", int),
+        dim=c.get("hidden_size", int),
+        layers=c.get("num_hidden_layers", int),
+        heads=heads,
+        kv_heads=c.get("num_key_value_heads", int, heads),
+        head_dim=c.get("head_dim", int, c.get("hidden_size", int) // max(heads, 1)),
+        context=c.get("max_position_embeddings", int),
+        mlp=c.get("intermediate_size", int),
+        norm_eps=c.get("rms_norm_eps", float, 1e-6),
+        tied=c.get("tie_word_embeddings", bool, tied),
+    )
 
 
 def _kind(rope: _Json, *known: str) -> str:
     kind = rope.get("rope_type", str, rope.values.get("type", "default"))
     if kind not in known:
-        raise CheckpointError(f"{rope.where}: positions stretched by {kind!r} are not computed here.",
-                              why=f"this family has: {', '.join(known)}.",
-                              fix="use a checkpoint without it")
+        raise CheckpointError(
+            f"{rope.where}: positions stretched by {kind!r} are not computed here.",
+            why=f"this family has: {', '.join(known)}.",
+            fix="use a checkpoint without it",
+        )
     return kind
 
 
@@ -122,25 +144,39 @@ def _llama(c: _Json) -> LlamaConfig:
     scaling = None
     if _kind(rope, "default", "llama3") == "llama3":
         scaling = make_config(
-            Llama3Rope, c.where, factor=rope.get("factor", float), low_freq_factor=rope.get("low_freq_factor", float),
+            Llama3Rope,
+            c.where,
+            factor=rope.get("factor", float),
+            low_freq_factor=rope.get("low_freq_factor", float),
             high_freq_factor=rope.get("high_freq_factor", float),
-            original_context=rope.get("original_max_position_embeddings", int))
+            original_context=rope.get("original_max_position_embeddings", int),
+        )
     theta = rope.get("rope_theta", float, c.get("rope_theta", float, 10_000.0))
     return make_config(LlamaConfig, c.where, rope_theta=theta, rope_scaling=scaling, **common)
 
 
 def _gemma3(c: _Json) -> Gemma3Config:
     # Published configs leave out what the class has by default.
-    defaults = dict(vocab_size=262_208, hidden_size=2304, intermediate_size=9216, num_hidden_layers=26, head_dim=256,
-                    num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=131_072)
+    defaults = dict(
+        vocab_size=262_208,
+        hidden_size=2304,
+        intermediate_size=9216,
+        num_hidden_layers=26,
+        head_dim=256,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=131_072,
+    )
     c = _Json(c.where, defaults | {k: v for k, v in c.values.items() if v is not None})
     common = _common(c, tied=True)
     c.refuse(hidden_activation="gelu_pytorch_tanh")
     if c.values.get("layer_types"):
         kinds = c.get("layer_types", list)
         if len(kinds) != common["layers"] or not {*kinds} <= {"sliding_attention", "full_attention"}:
-            raise CheckpointError(f"{c.where}: layer_types does not name one of the two known kinds for each layer.",
-                                  fix="use a checkpoint of the plain architecture")
+            raise CheckpointError(
+                f"{c.where}: layer_types does not name one of the two known kinds for each layer.",
+                fix="use a checkpoint of the plain architecture",
+            )
         layers = [kind == "sliding_attention" for kind in kinds]
     else:
         period = max(1, c.get("sliding_window_pattern", int, 6))
@@ -154,9 +190,17 @@ def _gemma3(c: _Json) -> Gemma3Config:
         far = c.part("rope_scaling")
         theta, local = c.get("rope_theta", float, 1e6), c.get("rope_local_base_freq", float, 1e4)
     factor = far.get("factor", float) if _kind(far, "default", "linear") == "linear" else 1.0
-    return make_config(Gemma3Config, c.where, window=c.get("sliding_window", int, 4096),
-                       pattern=shortest_period(layers), query_scale=c.get("query_pre_attn_scalar", float, 256.0),
-                       rope_theta=theta, local_rope_theta=local, rope_factor=factor, **common)
+    return make_config(
+        Gemma3Config,
+        c.where,
+        window=c.get("sliding_window", int, 4096),
+        pattern=shortest_period(layers),
+        query_scale=c.get("query_pre_attn_scalar", float, 256.0),
+        rope_theta=theta,
+        local_rope_theta=local,
+        rope_factor=factor,
+        **common,
+    )
 
 
 CONFIGS: dict[str, tuple[str, Callable[[_Json], Config]]] = {
@@ -183,10 +227,13 @@ def _open_shards(folder: Path) -> dict[str, Any]:
         files = ["model.safetensors"]
         if not (folder / files[0]).exists():
             other = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".pt", ".gguf"))
-            raise CheckpointError(f"{folder} has neither model.safetensors nor {index.name}.",
-                                  why=f"it has {', '.join(other[:3])}." if other else "",
-                                  fix="give the path of the .gguf file itself" if any(".gguf" in p for p in other)
-                                  else "save the model with save_pretrained(..., safe_serialization=True)")
+            raise CheckpointError(
+                f"{folder} has neither model.safetensors nor {index.name}.",
+                why=f"it has {', '.join(other[:3])}." if other else "",
+                fix="give the path of the .gguf file itself"
+                if any(".gguf" in p for p in other)
+                else "save the model with save_pretrained(..., safe_serialization=True)",
+            )
     tensors: dict[str, Any] = {}
     for file in files:
         try:
@@ -194,12 +241,17 @@ def _open_shards(folder: Path) -> dict[str, Any]:
             tensors |= {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118 (not a dict)
         except (SafetensorError, OSError) as error:
             missing = not (folder / file).exists()
-            raise CheckpointError(f"{folder / file} " + ("is missing." if missing else "is truncated or damaged."),
-                                  why=f"{index.name} names it." if missing else str(error),
-                                  fix="fetch the file again") from error
+            raise CheckpointError(
+                f"{folder / file} " + ("is missing." if missing else "is truncated or damaged."),
+                why=f"{index.name} names it." if missing else str(error),
+                fix="fetch the file again",
+            ) from error
     if lost := [name for name in where if name not in tensors]:
-        raise CheckpointError(f"{folder} has no tensor {lost[0]!r}.", why=f"{index.name} says {where[lost[0]]} has it.",
-                              fix="fetch the file again")
+        raise CheckpointError(
+            f"{folder} has no tensor {lost[0]!r}.",
+            why=f"{index.name} says {where[lost[0]]} has it.",
+            fix="fetch the file again",
+        )
     return tensors
 
 
@@ -227,15 +279,20 @@ def open_checkpoint(folder: Path, dtype: str) -> Checkpoint:
     """
     if not (folder / "config.json").exists():
         ggufs = sorted(folder.glob("*.gguf"))
-        raise CheckpointError(f"{folder} has no config.json.",
-                              fix=f"infopt.load({str(ggufs[0])!r})" if ggufs else
-                              "give a Hugging Face folder, a .gguf file or a model's name")
+        raise CheckpointError(
+            f"{folder} has no config.json.",
+            fix=f"infopt.load({str(ggufs[0])!r})"
+            if ggufs
+            else "give a Hugging Face folder, a .gguf file or a model's name",
+        )
     settings = _read_json(folder / "config.json")
     kind = settings.get("model_type", str)
     if kind not in CONFIGS:
-        raise CheckpointError(f"{folder} is of an architecture that is not computed here: {kind!r}.",
-                              why=nearest(kind, list(CONFIGS)),
-                              fix="use a model of a known one, or define the family with ip.define")
+        raise CheckpointError(
+            f"{folder} is of an architecture that is not computed here: {kind!r}.",
+            why=nearest(kind, list(CONFIGS)),
+            fix="use a model of a known one, or define the family with ip.define",
+        )
     family, read_config = CONFIGS[kind]
     config: Any = read_config(settings)
     tensors = _open_shards(folder)
@@ -257,17 +314,25 @@ def open_checkpoint(folder: Path, dtype: str) -> Checkpoint:
         ignored |= {name for name in tensors if name.startswith(OTHER_SENSES)}  # images: not text
     if config.tied and head in tensors and (embed := tensors.get(file_name("embed"))) is not None:
         if not _equal(tensors[head], embed):
-            raise CheckpointError(f"{folder}: {head} differs from the embedding.",
-                                  why="config.json says that the two are one (tie_word_embeddings).",
-                                  fix='write "tie_word_embeddings": false into config.json, if the head is meant')
+            raise CheckpointError(
+                f"{folder}: {head} differs from the embedding.",
+                why="config.json says that the two are one (tie_word_embeddings).",
+                fix='write "tie_word_embeddings": false into config.json, if the head is meant',
+            )
         ignored.add(head)
     used = {name: tensor for name, tensor in tensors.items() if name not in ignored}
-    check_tensors(str(folder), {file_name(name): shape for name, shape in expected.items()},
-                  {name: tuple(tensor.get_shape()) for name, tensor in used.items()})
+    check_tensors(
+        str(folder),
+        {file_name(name): shape for name, shape in expected.items()},
+        {name: tuple(tensor.get_shape()) for name, tensor in used.items()},
+    )
     for name, tensor in used.items():
         if tensor.get_dtype() not in DTYPES_READ:
-            raise CheckpointError(f"{folder}: {name} is stored as {tensor.get_dtype()}, not as floats.",
-                                  why=f"read are {', '.join(DTYPES_READ)}.", fix="use the float checkpoint")
+            raise CheckpointError(
+                f"{folder}: {name} is stored as {tensor.get_dtype()}, not as floats.",
+                why=f"read are {', '.join(DTYPES_READ)}.",
+                fix="use the float checkpoint",
+            )
     readers = {name: functools.partial(_dense, tensors[file_name(name)], DTYPES[dtype]) for name in expected}
     return Checkpoint(family, config, {}, LazyWeights(readers), _tokenizer(folder, settings))
 
@@ -279,9 +344,11 @@ def _tokenizer(folder: Path, settings: _Json) -> Tokenizer | None:
     path = folder / "tokenizer.json"
     if not path.exists():
         if (folder / "tokenizer.model").exists() or (folder / "vocab.json").exists():
-            warnings.warn(f"{folder} has a tokenizer, but no tokenizer.json: the model takes token ids, but no text. "
-                          "AutoTokenizer.from_pretrained(folder).save_pretrained(folder) of transformers writes one.",
-                          stacklevel=5)
+            warnings.warn(
+                f"{folder} has a tokenizer, but no tokenizer.json: the model takes token ids, but no text. "
+                "AutoTokenizer.from_pretrained(folder).save_pretrained(folder) of transformers writes one.",
+                stacklevel=5,
+            )
         return None
     eos = None
     if (generation := folder / "generation_config.json").exists():

@@ -46,16 +46,25 @@ class Tokenizer:
         try:
             backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
         except Exception as error:  # the library raises bare Exceptions
-            raise CheckpointError(f"{path} is not a tokenizer that can be read.", why=str(error),
-                                  fix="fetch the model again") from error
+            raise CheckpointError(
+                f"{path} is not a tokenizer that can be read.", why=str(error), fix="fetch the model again"
+            ) from error
         # Some published files cut or pad what they encode, for training.
         backend.no_truncation()
         backend.no_padding()
         return Tokenizer(backend, tuple(eos_ids))
 
     @staticmethod
-    def from_tables(tokens: Sequence[str], merges: Sequence[str], types: Sequence[int], pre: str, *,
-                    bos: int | None = None, eos_ids: Sequence[int] = (), where: str = "the file") -> Tokenizer:
+    def from_tables(
+        tokens: Sequence[str],
+        merges: Sequence[str],
+        types: Sequence[int],
+        pre: str,
+        *,
+        bos: int | None = None,
+        eos_ids: Sequence[int] = (),
+        where: str = "the file",
+    ) -> Tokenizer:
         """Build a byte-level BPE (GPT-2's kind) from a GGUF file's tables.
 
         Args:
@@ -71,24 +80,36 @@ class Tokenizer:
           CheckpointError: the splitting is unknown, or the tables contradict each other.
         """
         if pre not in PRE_TOKENIZERS:
-            raise CheckpointError(f"{where} splits its text by an unknown pre-tokenizer, {pre!r}.",
-                                  why=f"another one gives tokens that it never saw. {nearest(pre, [*PRE_TOKENIZERS])}",
-                                  fix="load the Hugging Face folder of this model, whose tokenizer.json says it all")
+            raise CheckpointError(
+                f"{where} splits its text by an unknown pre-tokenizer, {pre!r}.",
+                why=f"another one gives tokens that it never saw. {nearest(pre, [*PRE_TOKENIZERS])}",
+                fix="load the Hugging Face folder of this model, whose tokenizer.json says it all",
+            )
         vocab = {token: i for i, token in enumerate(tokens)}
         pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
         # Checked here because the library aborts with a Rust backtrace.
         for left, right in pairs:
             if left not in vocab or right not in vocab or left + right not in vocab:
-                raise CheckpointError(f"{where} joins {left!r} and {right!r} to a token outside its vocabulary.",
-                                      fix="fetch or convert the model again")
+                raise CheckpointError(
+                    f"{where} joins {left!r} and {right!r} to a token outside its vocabulary.",
+                    fix="fetch or convert the model again",
+                )
         if len(vocab) != len(tokens) or (types and len(types) != len(tokens)):
-            raise CheckpointError(f"{where} has a damaged vocabulary: {len(tokens)} tokens, {len(vocab)} of them "
-                                  f"different, and {len(types)} types.", fix="fetch or convert the model again")
+            raise CheckpointError(
+                f"{where} has a damaged vocabulary: {len(tokens)} tokens, {len(vocab)} of them "
+                f"different, and {len(types)} types.",
+                fix="fetch or convert the model again",
+            )
         if bad := [i for i in (*([bos] if bos is not None else []), *eos_ids) if not 0 <= i < len(tokens)]:
-            raise CheckpointError(f"{where} starts or ends a text with token {bad[0]}, but has {len(tokens)} tokens.",
-                                  fix="fetch or convert the model again")
-        backend = tokenizers.Tokenizer(models.BPE(vocab, pairs, continuing_subword_prefix="", end_of_word_suffix="",
-                                                  ignore_merges=pre in IGNORE_MERGES))
+            raise CheckpointError(
+                f"{where} starts or ends a text with token {bad[0]}, but has {len(tokens)} tokens.",
+                fix="fetch or convert the model again",
+            )
+        backend = tokenizers.Tokenizer(
+            models.BPE(
+                vocab, pairs, continuing_subword_prefix="", end_of_word_suffix="", ignore_merges=pre in IGNORE_MERGES
+            )
+        )
         backend.pre_tokenizer = PRE_TOKENIZERS[pre]()
         backend.decoder = decoders.ByteLevel()
         whole = [(token, kind) for token, kind in zip(tokens, types) if kind in (CONTROL, USER_DEFINED)]
@@ -96,7 +117,8 @@ class Tokenizer:
         backend.add_tokens([AddedToken(t, special=False, normalized=False) for t, k in whole if k == USER_DEFINED])
         if bos is not None:
             backend.post_processor = processors.TemplateProcessing(
-                single=[tokens[bos], "$A"], special_tokens=[(tokens[bos], bos)])
+                single=[tokens[bos], "$A"], special_tokens=[(tokens[bos], bos)]
+            )
         return Tokenizer(backend, tuple(eos_ids))
 
     def encode(self, text: str) -> list[int]:
@@ -112,8 +134,10 @@ class Tokenizer:
             return self.backend.encode(text).ids
         except TypeError as error:
             what = "a lone surrogate" if isinstance(text, str) else f"a {type(text).__name__}"
-            raise PromptError(f"a prompt must be Unicode text, not {what}.",
-                              fix="text.encode('utf-8', 'replace').decode() replaces what is not") from error
+            raise PromptError(
+                f"a prompt must be Unicode text, not {what}.",
+                fix="text.encode('utf-8', 'replace').decode() replaces what is not",
+            ) from error
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids, special tokens included; bytes that are not UTF-8 become U+FFFD.
@@ -126,9 +150,11 @@ class Tokenizer:
     def _checked(self, ids: Iterable[int]) -> list[int]:
         ids = [int(i) for i in ids]
         if bad := [i for i in ids if not 0 <= i < self.vocab_size]:
-            raise PromptError(f"token {bad[0]} is outside the vocabulary.",
-                              why=f"it has {self.vocab_size} tokens, 0 to {self.vocab_size - 1}.",
-                              fix="decode with the tokenizer of the model that made the tokens")
+            raise PromptError(
+                f"token {bad[0]} is outside the vocabulary.",
+                why=f"it has {self.vocab_size} tokens, 0 to {self.vocab_size - 1}.",
+                fix="decode with the tokenizer of the model that made the tokens",
+            )
         return ids
 
     def stream(self) -> Stream:
@@ -205,10 +231,12 @@ def _digits() -> Any:
 
 
 def _llama3() -> Any:
-    return pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(LLAMA3_WORDS), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(LLAMA3_WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
 
 
 PRE_TOKENIZERS = {"gpt-2": _byte_level, "smollm": _digits, "llama-bpe": _llama3}

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from infopt import ops
+from infopt.errors import InfoptError
 from infopt.model import Attend, Model, define
 from infopt.spec import Config, Window
 from infopt.typing import Array
@@ -42,6 +43,12 @@ class Gemma3Config(Config):
     local_rope_theta: float = 10_000.0
     rope_factor: float = 1.0
     tied: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.pattern:
+            raise InfoptError("Gemma3Config: pattern=() names no layer.", fix="pattern=(True, False), say")
+        object.__setattr__(self, "pattern", tuple(map(bool, self.pattern)))
 
     @property
     def period(self) -> int:

@@ -63,6 +63,10 @@ class Transform(abc.ABC):
 
     @final
     def __call__(self, model: Model) -> Model:
+        if not isinstance(model, Model):
+            raise InfoptError(
+                f"{self!r} was given a {type(model).__name__}.", fix="a model: model, params = ip.load(...)"
+            )
         for step in self.steps:
             if model.spec.program is not None:
                 raise order_error(

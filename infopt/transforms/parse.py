@@ -37,6 +37,8 @@ def parse_stack(text: str) -> Transform:
     >>> parse_stack("gqa(1) | cache_kv()")
     gqa(kv_heads=1) | cache_kv()
     """
+    if not isinstance(text, str):
+        raise StackSyntaxError(f"a stack's text is a {type(text).__name__}.", fix=f"a text, as {_EXAMPLE!r}")
     if not text.strip():
         return compose()
     if len(text) > 2000:
@@ -48,7 +50,12 @@ def parse_stack(text: str) -> Transform:
             f"cannot read the stack {text!r}: {e.args[0] if e.args else 'too deep'}.",
             fix=f"transforms joined by |, as in {_EXAMPLE!r}",
         ) from None
-    result = _read(tree)
+    try:
+        result = _read(tree)
+    except RecursionError:
+        raise StackSyntaxError(
+            f"the stack {text[:40]!r}... is nested too deep.", fix=f"transforms joined by |, as in {_EXAMPLE!r}"
+        ) from None
     if not isinstance(result, Transform):
         raise StackSyntaxError(f"{text!r} is not a transform.", fix=f"transforms joined by |, as in {_EXAMPLE!r}")
     return result
@@ -69,7 +76,7 @@ def _read(node: ast.expr) -> Any:
         raise StackSyntaxError(f"{node.id!r} in a stack's text is not a call.", fix=f"{node.id}(), or a literal value")
     try:
         return ast.literal_eval(node)
-    except (ValueError, TypeError, RecursionError):
+    except (ValueError, TypeError):
         raise StackSyntaxError(
             f"{ast.unparse(node)[:60]!r} is code, and a stack's text is not evaluated.",
             fix=f"literal arguments only, as in {_EXAMPLE!r}",
@@ -82,6 +89,8 @@ def _call(name: str, node: ast.Call) -> Any:
     factory = FACTORIES[name]
     if any(isinstance(a, ast.Starred) for a in node.args) or any(k.arg is None for k in node.keywords):
         raise StackSyntaxError(f"{name}(...) unpacks with *.", fix="write the arguments out")
+    if len({k.arg for k in node.keywords}) < len(node.keywords):
+        raise StackSyntaxError(f"{name}(...) gives an argument twice.", fix="leave one of the two out")
     args = [_read(a) for a in node.args]
     kwargs = {str(k.arg): _read(k.value) for k in node.keywords}
     try:

@@ -99,6 +99,10 @@ def quantize(bits: int = 8, group: int | None = None, where: str | None = None) 
         raise InfoptError(f"quantize(bits={bits!r}) is not a format.", fix="bits=8 or bits=4")
     if group is not None:
         whole("group", group, 2)
+    if where is not None and not isinstance(where, str):
+        raise InfoptError(
+            f"quantize(where={where!r}) is not a pattern.", fix="one text, as 'layers.*.mlp.*'; several: stack quantize"
+        )
     transform = Quantize(bits, group, where)
     _ = transform.format
     return transform

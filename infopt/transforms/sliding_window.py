@@ -77,6 +77,8 @@ def sliding_window(size: int, sinks: int = 0, layers: Sequence[int] | None = Non
     if size < sinks:
         raise InfoptError(f"sliding_window({size}, sinks={sinks}) keeps more sinks than it sees.", fix="sinks <= size")
     if layers is not None:
+        if isinstance(layers, int | str):
+            raise InfoptError(f"sliding_window(layers={layers!r}) is not a list of layers.", fix=f"layers=[{layers}]")
         layers = tuple(sorted({whole("layers", i, 0) for i in layers}))
         if not layers:
             raise InfoptError("sliding_window(layers=[]) names no layer.", fix="layers=None for all of them")

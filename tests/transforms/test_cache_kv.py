@@ -9,7 +9,7 @@ import pytest
 
 import infopt as ip
 from infopt.errors import InfoptError, TransformOrderError
-from infopt.model import Weights
+from infopt.model import Weights, build
 from infopt.qtensor import Format
 from infopt.reference import reference
 
@@ -49,6 +49,15 @@ def test_logits_in_chunks_are_the_numpy_models(bits: int | None) -> None:
         assert np.median(off) < 1e-4
         assert max(off) < 2e-2
         assert min(away) > 1e-3
+
+
+def test_recomputation_goes_through_the_codec_too() -> None:
+    """The uncached stack of a rounding cache is its oracle: keys are rounded before they are read."""
+    spec = ip.oracle(ip.cache_kv(bits=8)(BARE).spec)
+    got = np.asarray(jax.jit(build(spec).apply)(PARAMS, jnp.asarray(TOKENS, jnp.int32))[0])
+    off = [np.abs(got[b] - reference(spec, Weights.of(spec, PARAMS), TOKENS[b])).max() for b in range(ROWS)]
+    assert np.median(off) < 1e-4
+    assert max(off) < 2e-2
 
 
 def test_eight_bits_take_a_byte_a_value_and_a_scale_a_head() -> None:
