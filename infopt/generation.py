@@ -52,6 +52,7 @@ class Generation:
       tokens: token ids, a stop token included.
       logprobs: of each token under the model as it is; None unless asked for.
       finish: `"length"` or `"stop"`.
+      rows: prompts.
       prompt_tokens, new_tokens: of all rows together.
       compile_seconds, prefill_seconds, decode_seconds: apart from each other; a second call does not compile.
       rounds: rounds of decoding, of all rows together.
@@ -63,6 +64,7 @@ class Generation:
     tokens: Any
     logprobs: Any
     finish: Any
+    rows: int
     prompt_tokens: int
     new_tokens: int
     compile_seconds: float
@@ -79,7 +81,8 @@ class Generation:
 
     @property
     def prefill_tokens_per_second(self) -> float:
-        return self.prompt_tokens / max(self.prefill_seconds, 1e-9)
+        """Prompt tokens a second, all but each row's last: that one is the first step of decoding."""
+        return (self.prompt_tokens - self.rows) / max(self.prefill_seconds, 1e-9)
 
     @property
     def tokens_per_round(self) -> float:
@@ -217,6 +220,7 @@ def _read_prompts(model: Model, prompts: Prompts) -> tuple[list[list[int]], bool
         if bad := [t for t in ids if not 0 <= t < vocab]:
             raise PromptError(
                 f"token {bad[0]} of prompt {i} is outside the vocabulary of {vocab} words.",
+                why="it has no embedding.",
                 fix="ids made by this model's own tokenizer",
             )
         rows.append(ids)
@@ -236,7 +240,8 @@ def _length(spec: Spec, longest: int, max_new: int, max_len: int | None) -> int:
             )
         check_length(spec, max_len)
         return max_len
-    check_length(spec, need, what)
+    left = (context_limit(spec) or need) - longest - k
+    check_length(spec, need, what, f"max_new={left}" if left > 0 else "a shorter prompt")
     length = _SHORTEST
     while length < need:
         length *= 2
@@ -273,7 +278,8 @@ class _Row:
         self.finish = ended
         if self._stream is not None and ended and not self._at_stop:
             self.text += self._stream.flush()
-            self._cut()
+            if self._cut():
+                self.finish = ended = "stop"
         end = len(self.text) if ended else len(self.text) - self._held()
         shown, self.shown = self.text[self.shown : end], max(end, self.shown)
         return shown
@@ -520,6 +526,7 @@ def _run(
         tokens=each([t.tokens for t in texts]),
         logprobs=each([t.logprobs for t in texts]) if bool(sampling.logprobs.any()) else None,
         finish=each([t.finish for t in texts]),
+        rows=batch,
         prompt_tokens=sum(map(len, rows)),
         new_tokens=sum(len(t.tokens) for t in texts),
         compile_seconds=prefill.seconds + rounds.seconds - compiling,

@@ -249,7 +249,7 @@ def assemble(spec: Spec, weights: Mapping[str, Any], platform: str | None = None
             "target": assemble(spec.replace(program=None), weights, platform),
             "draft": assemble(spec.program.draft, weights.under("draft."), platform),
         }
-    device = None if platform is None else jax.devices(platform)[0]
+    device = None if platform is None else _device(platform)
     expected, formats = shapes(spec), dict(spec.weights)
 
     def read(name: str) -> Any:
@@ -271,11 +271,11 @@ def assemble(spec: Spec, weights: Mapping[str, Any], platform: str | None = None
             return stack
         first = read(names[0])
         if any(is_traced(leaf) for leaf in jax.tree.leaves(first)):
-            return jax.tree.map(lambda *leaves: jnp.stack(leaves), first, *map(read, names[1:]))
+            return jax.tree.map(_stack_traced, first, *map(read, names[1:]))
         stack = jax.tree.map(lambda leaf: _aligned((len(names), *leaf.shape), leaf.dtype), first)
         for i, name in enumerate(names):
             x = first if i == 0 else read(name)
-            jax.tree.map(lambda out, leaf, i=i: np.copyto(out[i], np.asarray(leaf)), stack, x)
+            stack = jax.tree.map(functools.partial(_write, i), stack, x)
         return stack
 
     params: Params = {name: put(read(name)) for name in expected if not name.startswith("layers.")}
@@ -287,6 +287,29 @@ def assemble(spec: Spec, weights: Mapping[str, Any], platform: str | None = None
         for seg in segments(spec)
     )
     return params
+
+
+def _stack_traced(*leaves: Array) -> Array:
+    dtype = functools.reduce(jnp.promote_types, (leaf.dtype for leaf in leaves))
+    return jnp.stack([leaf.astype(dtype) for leaf in leaves])
+
+
+def _write(i: int, stack: np.ndarray, leaf: Any) -> np.ndarray:
+    """`stack[i] = leaf`, in a wider stack where layers differ in dtype (one of them was unpacked, say)."""
+    dtype = jnp.promote_types(stack.dtype, leaf.dtype)
+    if dtype != stack.dtype:
+        narrow, stack = stack, _aligned(stack.shape, dtype)
+        stack[:i] = narrow[:i].astype(dtype)
+    stack[i] = np.asarray(leaf).astype(dtype, copy=False)
+    return stack
+
+
+def _device(platform: str) -> Any:
+    try:
+        return jax.devices(platform)[0]
+    except RuntimeError as e:
+        here = ", ".join(sorted({d.platform for d in jax.devices()}))
+        raise ParamsError(f"there is no platform {platform!r} here.", why=str(e), fix=f"one of: {here}") from e
 
 
 def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
@@ -357,6 +380,9 @@ def check_params(spec: Spec, params: Params) -> None:
 
 def trainable(params: Params) -> tuple[Params, Callable[[Params], Params]]:
     """Split what gradients reach from what they do not.
+
+    `jax.grad` over params that hold packed weights stops with JAX's own error ("grad requires real- or complex-valued
+    inputs"), before this library is asked; with `allow_int=True`, with ours. Take it over the dense part instead.
 
     Returns:
       The params with every QTensor taken out, and a function that puts them back.
@@ -563,6 +589,7 @@ def _build_plain(spec: Spec) -> Functions:
     def decode(params: Params, last: Array, state: State, sampling: Sampling, active: Array | None = None):
         """One round: append `last[b]`, emit the token that follows it. A row that is not active is left as it is."""
         count = jnp.ones(last.shape, jnp.int32) if active is None else active.astype(jnp.int32)
+        count = jnp.where(state.lengths < state.max_len, count, 0)  # a full row emits nothing
         x, state = hidden(params, last[:, None], state, count)
         token, logprob = sample(head(params, x), sampling, state.tokens, state.lengths[:, None])
         return Emitted(jnp.where(count[:, None] > 0, token, -1), count, logprob), state
@@ -614,10 +641,11 @@ def _build_speculative(spec: Spec, program: Speculation) -> Functions:
         active = jnp.ones(last.shape, bool) if active is None else active
         start = state.lengths
         one, two = split(state)
+        silent = dataclasses.replace(sampling, logprobs=jnp.zeros_like(sampling.logprobs))
 
         def guess(carry: tuple[State, Array], _: None) -> tuple[tuple[State, Array], Array]:
             # k + 1 steps, the last only to store its token: draft and target then hold the same text
-            emitted, two = draft.decode(params["draft"], carry[1], carry[0], sampling, active)
+            emitted, two = draft.decode(params["draft"], carry[1], carry[0], silent, active)
             token = jnp.where(active, emitted.tokens[:, 0], 0)
             return (two, token), token
 
@@ -631,10 +659,10 @@ def _build_speculative(spec: Spec, program: Speculation) -> Functions:
             one.tokens,
             start[:, None] + jnp.arange(1, k + 2, dtype=jnp.int32)[None],
         )
-        accepted = jnp.sum(jnp.cumprod((drawn[:, :k] == guesses).astype(jnp.int32), 1), 1)
+        accepted = jnp.sum(jnp.cumprod((drawn[:, :k] == guesses).astype(jnp.int32), 1), 1, dtype=jnp.int32)
         if sampling.mask is not None:
             accepted = jnp.where(jnp.all(sampling.mask, -1), accepted, 0)
-        count = jnp.where(active, accepted + 1, 0)
+        count = jnp.where(active, jnp.minimum(accepted + 1, state.max_len - start), 0)  # a full row emits nothing
         emitted = jnp.where(jnp.arange(k + 1, dtype=jnp.int32)[None] < count[:, None], drawn, -1)
         state = join(one, two)
         return Emitted(emitted, count, logprobs), state.replace(lengths=start + count)
@@ -650,14 +678,15 @@ def context_limit(spec: Spec) -> int | None:
     return min(own + ([] if draft is None else [draft]), default=None)
 
 
-def check_length(spec: Spec, length: int, what: str = "") -> None:
+def check_length(spec: Spec, length: int, what: str = "", fix: str = "") -> None:
     """Raise unless texts of `length` tokens stay inside what `context_limit` says."""
     limit = context_limit(spec)
     if limit is not None and length > limit:
         raise PromptError(
             f"{what or f'{length} tokens'} exceed the model's context of {limit}.",
             why="some layers see all of the text, at distances that they were not trained on.",
-            fix=f"at most {limit} tokens in all, or sliding_window({max(limit // 2, 1)}, sinks=4) to go on for ever",
+            fix=(fix or f"at most {limit} tokens")
+            + f", or sliding_window({max(limit // 2, 1)}, sinks=4) to go on for ever",
         )
 
 
@@ -717,12 +746,12 @@ class Model:
         """Whether every transform since the base gives what it was given, to float rounding."""
         return self.transform is None or (self.transform.exact and self.parent is not None and self.parent.exact)
 
-    def init(self, key: Array) -> Params:
-        """Random params: the base's, converted."""
+    def init(self, key: Array, **extra: Any) -> Params:
+        """Random params: the base's, converted; `extra` as for `convert`."""
         base, spec = self.base, self.base.spec
         weights = family_of(spec).init(spec.config, key)
         packed = {n: quantize_array(weights[n], f, trailing=2) for n, f in spec.weights}
-        return self.convert(assemble(base.spec, weights | packed))
+        return self.convert(assemble(base.spec, weights | packed), **extra)
 
     def convert(self, params: Params, source: Model | None = None, platform: str | None = None, **extra: Any) -> Params:
         """Params of this stack, from those of the base, or of an ancestor.
@@ -760,7 +789,7 @@ class Model:
         return assemble(self.spec, weights, platform)
 
     def weight_bytes(self) -> int:
-        """Bytes of all weights, at 4 a dense value."""
+        """Bytes of all weights, at 4 a dense value: the params' own, unless they were loaded in 16 bits."""
         return _weight_bytes(self.spec)
 
     def token_bytes(self) -> int:
@@ -771,7 +800,7 @@ class Model:
         values = sum(int(np.prod(s)) for s in shapes(self.spec).values())
         if self.spec.program:
             values += sum(int(np.prod(s)) for s in shapes(self.spec.program.draft).values())
-        size = f"{self.weight_bytes() / values:.2f} bytes a weight ({_human(self.weight_bytes())})"
+        size = f"{self.weight_bytes() / values:.2f} bytes a weight ({_human(self.weight_bytes())}, dense in float32)"
         cached = f"{_human(self.token_bytes())} a token" if self.spec.cache else "no cache"
         c = self.spec.config
         return (

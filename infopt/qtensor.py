@@ -64,7 +64,7 @@ class Format:
         of a token in a cache).
       scale: dtype of scales and minima.
 
-    >>> Format("int4", 32).bytes_per_value(576)
+    >>> Format("int4", 32, "float16").bytes_per_value(576)
     0.5625
     """
 
@@ -149,6 +149,21 @@ def is_qtensor(x: Any) -> bool:
     return isinstance(x, QTensor)
 
 
+@jax.custom_jvp
+def _no_gradient(x: Array) -> Array:
+    return x
+
+
+@_no_gradient.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    raise ParamsError(
+        "a gradient was asked through packed weights, or through keys and values that are rounded.",
+        why="codes are whole numbers, and rounding has no slope: the gradient would be silently wrong.",
+        fix="dense, join = ip.trainable(params); jax.grad(lambda dense: loss(join(dense)))(dense); "
+        "and leave cache_kv(bits=8) out while training",
+    )
+
+
 def quantize_array(x: Array, format: Format, trailing: int = 1) -> QTensor:
     """Round to nearest, ties to even, against the scales as they are stored.
 
@@ -163,7 +178,7 @@ def quantize_array(x: Array, format: Format, trailing: int = 1) -> QTensor:
     row, width = format.row, x.shape[-1]
     format.check_width(width, "the tensor")
     group = format.group_of(width)
-    x = x.astype(jnp.float32).reshape(*x.shape[:-1], width // group, group)
+    x = _no_gradient(x).astype(jnp.float32).reshape(*x.shape[:-1], width // group, group)
     minimum = None
     most = float(jnp.finfo(format.scale).max)  # an infinite scale would turn codes of 0 into NaN
     if row.rule == "absmax":
@@ -187,20 +202,6 @@ def quantize_array(x: Array, format: Format, trailing: int = 1) -> QTensor:
     codes = codes.reshape(*codes.shape[:-2], -1)
     shape = (*codes.shape[-trailing:-1], width)
     return QTensor(codes, scale, minimum, format, shape)
-
-
-@jax.custom_jvp
-def _no_gradient(x: Array) -> Array:
-    return x
-
-
-@_no_gradient.defjvp
-def _(primals: Any, tangents: Any) -> Any:
-    raise ParamsError(
-        "a gradient was asked of packed weights.",
-        why="a QTensor's codes are integers: a step along a gradient means nothing to them.",
-        fix="dense, join = ip.trainable(params); jax.grad(lambda dense: loss(join(dense)))(dense)",
-    )
 
 
 def planes(q: QTensor) -> tuple[Array, ...]:

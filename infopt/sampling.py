@@ -70,14 +70,19 @@ class Sampling:
         Array([0, 1], dtype=uint32)
         """
 
-        def rows(name: str, value: Any, dtype: Any, ok: Any, range_: str) -> Array:
+        def rows(name: str, value: Any, dtype: Any, ok: Any, range_: str, given: Any = None) -> Array:
             x = np.asarray(value)
+            given = value if given is None else given
             if x.ndim > 1 or (x.ndim == 1 and len(x) != batch):
                 raise SamplingError(
                     f"{name} has shape {x.shape} for {batch} rows.", fix=f"one value, or {batch} of them"
                 )
             if x.dtype.kind not in "biuf" or x.size == 0 or not np.all(np.isfinite(x.astype(float)) & ok(x)):
-                raise SamplingError(f"{name}={value!r} is out of range.", fix=f"{name} {range_}")
+                raise SamplingError(
+                    f"{name}={given!r} is out of range.",
+                    why=f"nothing is drawn by such a {name}.",
+                    fix=f"{name} {range_}",
+                )
             return jnp.asarray(np.broadcast_to(x, (batch,)).astype(dtype))
 
         whole = lambda x: np.equal(np.mod(x, 1), 0)  # noqa: E731
@@ -87,7 +92,7 @@ class Sampling:
         if mask is not None and (np.ndim(mask) != 2 or mask.shape[0] != batch or mask.dtype != bool):
             raise SamplingError(f"mask is {mask.dtype}{list(np.shape(mask))}.", fix=f"bool [{batch}, words]")
         return Sampling(
-            seed=rows("seed", seeds, np.uint32, lambda x: whole(x) & (x >= 0) & (x < 2**32), "in 0 .. 2**32 - 1"),
+            seed=rows("seed", seeds, np.uint32, lambda x: whole(x) & (x >= 0) & (x < 2**32), "in 0 .. 2**32 - 1", seed),
             temperature=rows("temperature", temperature, np.float32, lambda x: x >= 0, ">= 0 (0 is greedy)"),
             top_k=rows("top_k", top_k, np.int32, lambda x: whole(x) & (x >= 0) & (x < 2**31), ">= 0, whole (0: off)"),
             top_p=rows("top_p", top_p, np.float32, lambda x: (x > 0) & (x <= 1), "in (0, 1] (1: off)"),
@@ -181,7 +186,8 @@ def sample(
 
     def draw(x: Array) -> Array:
         warm = s.temperature > 0
-        y = x / jnp.where(warm, s.temperature, 1)[:, None, None]
+        # less the greatest, which changes no choice: a tiny temperature would divide it to infinity
+        y = (x - jnp.max(x, -1, keepdims=True)) / jnp.where(warm, s.temperature, 1)[:, None, None]
         y = cond(any_(s.top_k > 0), lambda y: _cut_top_k(y, s.top_k), lambda y: y, y)
         y = cond(any_(s.top_p < 1), lambda y: _cut_top_p(y, s.top_p), lambda y: y, y)
         y = cond(any_(s.min_p > 0), lambda y: _cut_min_p(y, s.min_p), lambda y: y, y)

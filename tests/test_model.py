@@ -284,6 +284,15 @@ def test_a_gradient_of_packed_weights_says_what_to_do(where: str | None) -> None
     assert "ip.trainable" in e.value.fix
 
 
+def test_a_plain_gradient_over_packed_weights_is_refused_by_jax_itself() -> None:
+    """JAX looks at its inputs before it calls us; the README and `ip.trainable` say what to do then."""
+    model = ip.quantize(bits=8)(BARE)
+    params = jax.eval_shape(lambda: model.init(jax.random.key(0)))
+    with pytest.raises(TypeError, match="grad requires real- or complex-valued inputs"):
+        jax.eval_shape(jax.grad(lambda p: model.apply(p, TOKENS)[0].sum()), params)
+    assert "grad requires" in (ip.trainable.__doc__ or "")
+
+
 def test_what_is_not_packed_can_be_trained() -> None:
     model = ip.quantize(bits=8, where="layers.*.mlp.*")(BARE)
     params = model.convert(PARAMS)

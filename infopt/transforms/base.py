@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import operator
 from collections.abc import Iterable
 from typing import Any, ClassVar, final
 
@@ -73,7 +74,7 @@ class Transform(abc.ABC):
                     step,
                     "must come before speculative, which is outermost",
                     "a draft and its target are two models by then, and it is open which of them is meant.",
-                    f"compose(..., {step!r}, speculative(...)), or self_draft({step!r}) for the draft alone",
+                    f"... | {step!r} | speculative(...), or self_draft({step!r}) for the draft alone",
                 )
             step.check(model.spec)
             step.check_model(model)
@@ -158,7 +159,7 @@ def need_dense(step: Transform, spec: Spec, names: Iterable[str], why: str) -> N
                 step,
                 f"needs dense weights, but {name} is packed as {f.name}" + f" in groups of {f.group}" * bool(f.group),
                 why,
-                f"compose({step!r}, quantize(...)), or dequantize() between them",
+                f"{step!r} before what packs them, or dequantize() | {step!r}",
             )
 
 
@@ -177,6 +178,9 @@ def layer_matrices(spec: Spec) -> list[str]:
 
 def whole(name: str, value: Any, least: int) -> int:
     """`value` if it is a whole number of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise InfoptError(f"{name}={value!r} is not a whole number >= {least}.", fix=f"{name}={max(least, 1)}, say")
-    return value
+    number = operator.index(value) if hasattr(value, "__index__") and not isinstance(value, bool) else -1
+    if not least <= number < 2**30:
+        raise InfoptError(
+            f"{name}={value!r} is not a whole number >= {least} (and below 2**30).", fix=f"{name}={max(least, 1)}, say"
+        )
+    return number

@@ -51,6 +51,6 @@ def cache_kv(bits: int | None = None) -> CacheKV:
     >>> cache_kv(bits=8)(ip.models.llama(layers=2, kv_heads=2, head_dim=16)).token_bytes()
     160
     """
-    if bits not in (None, 8):
+    if bits not in (None, 8) or isinstance(bits, float | bool):
         raise InfoptError(f"cache_kv(bits={bits!r}) is not a codec.", fix="bits=None or bits=8")
     return CacheKV(bits)

@@ -25,7 +25,7 @@ class Paged(Transform):
                 self,
                 "needs a cache, and there is none yet",
                 "pages are how a cache is laid out.",
-                f"compose(cache_kv(), {self!r})",
+                f"cache_kv() | {self!r}",
             )
         if spec.page is not None:
             raise order_error(

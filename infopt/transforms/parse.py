@@ -44,7 +44,7 @@ def parse_stack(text: str) -> Transform:
     if len(text) > 2000:
         raise StackSyntaxError(f"a stack's text of {len(text)} characters.", fix="at most 2000")
     try:
-        tree = ast.parse(text.strip(), mode="eval").body
+        tree = ast.parse(" ".join(text.split()), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
         raise StackSyntaxError(
             f"cannot read the stack {text!r}: {e.args[0] if e.args else 'too deep'}.",

@@ -95,7 +95,7 @@ def quantize(bits: int = 8, group: int | None = None, where: str | None = None) 
     >>> dict(quantize(bits=4)(ip.models.llama()).spec.weights)["layers.0.mlp.up"]
     Format(name='int4', group=32, scale='float16')
     """
-    if bits not in (4, 8):
+    if bits not in (4, 8) or isinstance(bits, float | bool):
         raise InfoptError(f"quantize(bits={bits!r}) is not a format.", fix="bits=8 or bits=4")
     if group is not None:
         whole("group", group, 2)

@@ -72,8 +72,7 @@ def sliding_window(size: int, sinks: int = 0, layers: Sequence[int] | None = Non
     >>> sliding_window(4, sinks=1, layers=[1])(ip.models.llama(layers=2)).spec.window
     (None, Window(size=4, sinks=1))
     """
-    whole("sinks", sinks, 0)
-    whole("size", size, 1)
+    sinks, size = whole("sinks", sinks, 0), whole("size", size, 1)
     if size < sinks:
         raise InfoptError(f"sliding_window({size}, sinks={sinks}) keeps more sinks than it sees.", fix="sinks <= size")
     if layers is not None:

@@ -63,7 +63,7 @@ class Speculative(Transform):
                 self,
                 "needs a cache, and there is none yet",
                 "a round keeps what both models have read, and takes back what was guessed wrong.",
-                f"compose(cache_kv(), {self!r})",
+                f"cache_kv() | {self!r}",
             )
         draft = self.draft_spec(spec)
         if draft.program is not None:

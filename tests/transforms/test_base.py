@@ -85,9 +85,9 @@ def test_a_refusal_says_what_why_and_what_to_write() -> None:
     what, why, fix = str(e.value).split("\n")
     assert what == "paged(page=4) needs a cache, and there is none yet."
     assert why.startswith("  why: ")
-    assert fix == "  fix: compose(cache_kv(), paged(page=4))"
+    assert fix == "  fix: cache_kv() | paged(page=4)"
     assert "\n" not in e.value.one_line
-    assert all(part in e.value.one_line for part in ("needs a cache", "; why: ", "; fix: compose("))
+    assert all(part in e.value.one_line for part in ("needs a cache", "; why: ", "; fix: cache_kv() |"))
 
 
 def test_compose_checks_in_order() -> None:

@@ -56,7 +56,7 @@ def test_without_a_cache_it_is_refused() -> None:
     with pytest.raises(TransformOrderError, match="needs a cache") as e:
         ip.paged(4)(BARE)
     assert e.value.why
-    assert e.value.fix == "compose(cache_kv(), paged(page=4))"
+    assert e.value.fix == "cache_kv() | paged(page=4)"
 
 
 def test_pages_twice_are_refused() -> None:

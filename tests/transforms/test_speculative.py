@@ -87,7 +87,7 @@ def test_without_a_cache_it_is_refused() -> None:
     with pytest.raises(TransformOrderError, match="needs a cache") as e:
         ip.speculative(ip.self_draft())(BARE)
     assert e.value.why
-    assert e.value.fix.startswith("compose(cache_kv(), speculative(")
+    assert e.value.fix.startswith("cache_kv() | speculative(")
 
 
 @pytest.mark.parametrize(
