@@ -73,7 +73,7 @@ def define(
     """Join a family to the library: afterwards every transform works on it.
 
     Args:
-      name: what a Spec stores. Defining a name again replaces it for models made from then on.
+      name: what a Spec stores. Defining a name again replaces it, for every model of that name.
       config: a frozen dataclass, a subclass of `Config`.
       init: `(config, key) -> {logical name: weight}`. A layer's weights are named `layers.<i>.<name>`; matrices are
         `[out, in]`; the embedding is `embed` `[V, D]`; an untied head is `head` `[V, D]`.
