@@ -245,8 +245,9 @@ sys.exit(cli.main(["generate", "m", "p"]))
 
 def test_interrupt_of_the_process_leaves_no_traceback() -> None:
     code = """
-import sys, time
+import signal, sys, time
 from infopt import cli
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits that it is ignored
 def wait(args):
     print("ready", flush=True)
     time.sleep(60)
@@ -257,7 +258,10 @@ sys.exit(cli.main(["generate", "m", "p"]))
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    try:
+        _, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
     assert (process.returncode, err) == (130, "\n")
 
 
