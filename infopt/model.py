@@ -272,7 +272,7 @@ def assemble(spec: Spec, weights: Mapping[str, Any], platform: str | None = None
         first = read(names[0])
         if any(is_traced(leaf) for leaf in jax.tree.leaves(first)):
             return jax.tree.map(_stack_traced, first, *map(read, names[1:]))
-        stack = jax.tree.map(lambda leaf: _aligned((len(names), *leaf.shape), leaf.dtype), first)
+        stack = jax.tree.map(lambda leaf: aligned_empty((len(names), *leaf.shape), leaf.dtype), first)
         for i, name in enumerate(names):
             x = first if i == 0 else read(name)
             stack = jax.tree.map(functools.partial(_write, i), stack, x)
@@ -298,7 +298,7 @@ def _write(i: int, stack: np.ndarray, leaf: Any) -> np.ndarray:
     """`stack[i] = leaf`, in a wider stack where layers differ in dtype (one of them was unpacked, say)."""
     dtype = jnp.promote_types(stack.dtype, leaf.dtype)
     if dtype != stack.dtype:
-        narrow, stack = stack, _aligned(stack.shape, dtype)
+        narrow, stack = stack, aligned_empty(stack.shape, dtype)
         stack[:i] = narrow[:i].astype(dtype)
     stack[i] = np.asarray(leaf).astype(dtype, copy=False)
     return stack
@@ -312,7 +312,7 @@ def _device(platform: str) -> Any:
         raise ParamsError(f"there is no platform {platform!r} here.", why=str(e), fix=f"one of: {here}") from e
 
 
-def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+def aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """An empty array on a 64-byte boundary, which JAX's CPU backend takes over without a copy."""
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
     raw = np.empty(size + 64, np.uint8)

@@ -118,14 +118,6 @@ def _some(names: list[str]) -> str:
     return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
-    """An empty array on a 64-byte boundary: JAX's CPU backend then takes it over instead of copying it."""
-    size = int(np.prod(shape)) * dtype.itemsize
-    raw = np.empty(size + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start : start + size].view(dtype).reshape(shape)
-
-
 def row_chunks(shape: tuple[int, ...]) -> Iterator[slice]:
     """Slices of the first axis of at most CHUNK values each."""
     step = max(1, CHUNK // max(1, int(np.prod(shape[1:]))))

@@ -25,13 +25,12 @@ from infopt.io.checkpoint import (
     LazyWeights,
     check_layers,
     check_tensors,
-    empty,
     make_config,
     row_chunks,
     shortest_period,
 )
 from infopt.io.tokenizer import Tokenizer
-from infopt.model import FAMILIES, Model, shapes
+from infopt.model import FAMILIES, Model, aligned_empty, shapes
 from infopt.models.gemma3 import Gemma3Config
 from infopt.models.llama import LlamaConfig
 from infopt.qtensor import Format, QTensor
@@ -389,7 +388,7 @@ def half_split_rows(heads: int, head_dim: int) -> np.ndarray:
 
 def _dense(t: Tensor, dtype: np.dtype[Any], order: np.ndarray | None = None, shift: float = 0.0) -> np.ndarray:
     """A tensor's values in `dtype`, its rows in the given order, `shift` added to each."""
-    out = empty((len(t.rows), t.shape[-1] if t.shape else 1), dtype)
+    out = aligned_empty((len(t.rows), t.shape[-1] if t.shape else 1), dtype)
     for part in row_chunks(out.shape):
         x = quants.dequantize(t.rows[part] if order is None else t.rows[order[part]], t.type)
         out[part] = x + np.float32(shift) if shift else x
@@ -402,8 +401,8 @@ def _packed(t: Tensor, order: np.ndarray | None = None) -> QTensor:
     out, width = t.shape
     groups, scales = width // 32, 2 * (1 + fmt.row.minimum)  # bytes of scale and minimum, ahead of a block's codes
     code_type = np.dtype(np.int8 if fmt.row.bits == 8 else np.uint8)
-    codes = empty((out, width * fmt.row.bits // 8), code_type)
-    parts = [empty((out, groups), np.dtype(np.float16)) for _ in range(scales // 2)]
+    codes = aligned_empty((out, width * fmt.row.bits // 8), code_type)
+    parts = [aligned_empty((out, groups), np.dtype(np.float16)) for _ in range(scales // 2)]
     for part in row_chunks(t.shape):
         blocks = t.rows[part] if order is None else t.rows[order[part]]
         blocks = blocks.reshape(len(blocks), groups, -1)

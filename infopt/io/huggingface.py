@@ -19,13 +19,12 @@ from infopt.io.checkpoint import (
     LazyWeights,
     check_layers,
     check_tensors,
-    empty,
     make_config,
     row_chunks,
     shortest_period,
 )
 from infopt.io.tokenizer import Tokenizer
-from infopt.model import FAMILIES, Model, shapes
+from infopt.model import FAMILIES, Model, aligned_empty, shapes
 from infopt.models.gemma3 import Gemma3Config
 from infopt.models.llama import LlamaConfig
 from infopt.spec import Config, Llama3Rope
@@ -256,7 +255,7 @@ def _open_shards(folder: Path) -> dict[str, Any]:
 
 
 def _dense(tensor: Any, dtype: np.dtype[Any]) -> np.ndarray:
-    out = empty(tuple(tensor.get_shape()), dtype)
+    out = aligned_empty(tuple(tensor.get_shape()), dtype)
     for part in row_chunks(out.shape):
         out[part] = tensor[part]
     return out
