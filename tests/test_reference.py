@@ -21,29 +21,74 @@ from infopt.spec import Llama3Rope, Spec, Window
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 
 # After "model.layers.{i}." in a Hugging Face name; the two families differ in the norms only.
-LAYER = {"self_attn.q_proj": "attn.q", "self_attn.k_proj": "attn.k", "self_attn.v_proj": "attn.v",
-         "self_attn.o_proj": "attn.o", "mlp.gate_proj": "mlp.gate", "mlp.up_proj": "mlp.up",
-         "mlp.down_proj": "mlp.down", "input_layernorm": "attn_norm"}
+LAYER = {
+    "self_attn.q_proj": "attn.q",
+    "self_attn.k_proj": "attn.k",
+    "self_attn.v_proj": "attn.v",
+    "self_attn.o_proj": "attn.o",
+    "mlp.gate_proj": "mlp.gate",
+    "mlp.up_proj": "mlp.up",
+    "mlp.down_proj": "mlp.down",
+    "input_layernorm": "attn_norm",
+}
 NORMS = {
     "llama": {"post_attention_layernorm": "mlp_norm"},
-    "gemma3": {"post_attention_layernorm": "attn_out_norm", "pre_feedforward_layernorm": "mlp_norm",
-               "post_feedforward_layernorm": "mlp_out_norm", "self_attn.q_norm": "attn.q_norm",
-               "self_attn.k_norm": "attn.k_norm"},
+    "gemma3": {
+        "post_attention_layernorm": "attn_out_norm",
+        "pre_feedforward_layernorm": "mlp_norm",
+        "post_feedforward_layernorm": "mlp_out_norm",
+        "self_attn.q_norm": "attn.q_norm",
+        "self_attn.k_norm": "attn.k_norm",
+    },
 }
 TOP = {"model.embed_tokens": "embed", "model.norm": "final_norm", "lm_head": "head"}
 
 # What the folders' config.json say, written out: reading it is another part's business.
 CONFIGS: dict[str, LlamaConfig | Gemma3Config] = {
     "llama": LlamaConfig(
-        vocab=173, dim=32, layers=3, heads=4, kv_heads=2, head_dim=12, context=128, mlp=36, norm_eps=1e-5,
-        rope_theta=500.0, tied=False,
-        rope_scaling=Llama3Rope(factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=32)),
+        vocab=173,
+        dim=32,
+        layers=3,
+        heads=4,
+        kv_heads=2,
+        head_dim=12,
+        context=128,
+        mlp=36,
+        norm_eps=1e-5,
+        rope_theta=500.0,
+        tied=False,
+        rope_scaling=Llama3Rope(factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=32),
+    ),
     "llama_tied": LlamaConfig(
-        vocab=331, dim=36, layers=2, heads=3, kv_heads=1, head_dim=12, context=128, mlp=50, norm_eps=1e-6,
-        rope_theta=2000.0, tied=True),
+        vocab=331,
+        dim=36,
+        layers=2,
+        heads=3,
+        kv_heads=1,
+        head_dim=12,
+        context=128,
+        mlp=50,
+        norm_eps=1e-6,
+        rope_theta=2000.0,
+        tied=True,
+    ),
     "gemma3": Gemma3Config(
-        vocab=131, dim=27, layers=8, heads=3, kv_heads=1, head_dim=10, context=128, mlp=21, window=9,
-        query_scale=20.0, norm_eps=1e-6, rope_theta=5000.0, local_rope_theta=300.0, rope_factor=3.0, tied=True),
+        vocab=131,
+        dim=27,
+        layers=8,
+        heads=3,
+        kv_heads=1,
+        head_dim=10,
+        context=128,
+        mlp=21,
+        window=9,
+        query_scale=20.0,
+        norm_eps=1e-6,
+        rope_theta=5000.0,
+        local_rope_theta=300.0,
+        rope_factor=3.0,
+        tied=True,
+    ),
 }
 
 
@@ -82,14 +127,21 @@ def test_goldens_would_show_a_mistake(name: str) -> None:
     changes: list[dict[str, Any]] = [{"rope_theta": 10000.0}, {"norm_eps": 1e-3}]
     if name == "llama":
         scaling = CONFIGS[name].rope_scaling
-        changes += [{"rope_scaling": dataclasses.replace(scaling, **{f: 2 * getattr(scaling, f)})}
-                    for f in ("factor", "low_freq_factor", "high_freq_factor", "original_context")]
+        changes += [
+            {"rope_scaling": dataclasses.replace(scaling, **{f: 2 * getattr(scaling, f)})}
+            for f in ("factor", "low_freq_factor", "high_freq_factor", "original_context")
+        ]
     if name == "gemma3":
-        changes += [{"local_rope_theta": 10000.0}, {"rope_factor": 1.0}, {"query_scale": 10.0},
-                    {"pattern": (True, True, True, True, False, True)}]
+        changes += [
+            {"local_rope_theta": 10000.0},
+            {"rope_factor": 1.0},
+            {"query_scale": 10.0},
+            {"pattern": (True, True, True, True, False, True)},
+        ]
     specs = [spec.replace(config=dataclasses.replace(spec.config, **change)) for change in changes]
-    specs += [spec.replace(window=tuple(w and Window(w.size + d) for w in spec.window))
-              for d in (-1, 1) if any(spec.window)]
+    specs += [
+        spec.replace(window=tuple(w and Window(w.size + d) for w in spec.window)) for d in (-1, 1) if any(spec.window)
+    ]
     for wrong in specs:
         ours = reference(wrong, weights_of(name), golden["tokens"][0])
         assert np.abs(ours[golden["positions"]] - golden["logits"][0]).max() > 1e-3, wrong
@@ -111,18 +163,38 @@ def toy(window: Window | None, kv: Format | None = None) -> tuple[Spec, dict[str
 
     The embedding's columns are key, value and a constant: every query is (2, 0), and the MLP is nothing.
     """
-    config = LlamaConfig(vocab=6, dim=6, layers=1, heads=1, kv_heads=1, head_dim=2, context=64, mlp=1, norm_eps=0.0,
-                         rope_theta=10000.0, tied=False)
+    config = LlamaConfig(
+        vocab=6,
+        dim=6,
+        layers=1,
+        heads=1,
+        kv_heads=1,
+        head_dim=2,
+        context=64,
+        mlp=1,
+        norm_eps=0.0,
+        rope_theta=10000.0,
+        tied=False,
+    )
     rng = np.random.default_rng(0)
     embed = rng.standard_normal((6, 6))
     embed[:, 4:] = [1, 0]
     embed /= np.sqrt(np.mean(embed**2, -1, keepdims=True))  # the norm then leaves it as it is
     pick = np.eye(6)
-    weights = {"embed": embed, "final_norm": np.ones(6), "head": pick, "layers.0.attn_norm": np.ones(6),
-               "layers.0.attn.q": np.stack([2 * pick[4], 0 * pick[4]]), "layers.0.attn.k": 2 * pick[0:2],
-               "layers.0.attn.v": pick[2:4], "layers.0.attn.o": pick[:, 2:4], "layers.0.mlp_norm": np.ones(6),
-               "layers.0.mlp.gate": np.zeros((1, 6)), "layers.0.mlp.up": np.zeros((1, 6)),
-               "layers.0.mlp.down": np.zeros((6, 1))}
+    weights = {
+        "embed": embed,
+        "final_norm": np.ones(6),
+        "head": pick,
+        "layers.0.attn_norm": np.ones(6),
+        "layers.0.attn.q": np.stack([2 * pick[4], 0 * pick[4]]),
+        "layers.0.attn.k": 2 * pick[0:2],
+        "layers.0.attn.v": pick[2:4],
+        "layers.0.attn.o": pick[:, 2:4],
+        "layers.0.mlp_norm": np.ones(6),
+        "layers.0.mlp.gate": np.zeros((1, 6)),
+        "layers.0.mlp.up": np.zeros((1, 6)),
+        "layers.0.mlp.down": np.zeros((6, 1)),
+    }
     return Spec(family="llama", config=config, window=(window,), kv=kv), weights
 
 
@@ -198,8 +270,12 @@ def packed(codes: list[list[int]], scale: Any, minimum: Any, format: Format, wid
     """A stand-in with a QTensor's fields."""
     dtype = np.int8 if format.name == "int8" else np.uint8
     return types.SimpleNamespace(
-        codes=np.array(codes, dtype), scale=np.array(scale, format.scale), format=format, shape=(len(codes), width),
-        minimum=None if minimum is None else np.array(minimum, format.scale))
+        codes=np.array(codes, dtype),
+        scale=np.array(scale, format.scale),
+        format=format,
+        shape=(len(codes), width),
+        minimum=None if minimum is None else np.array(minimum, format.scale),
+    )
 
 
 def test_dequantize_int8_by_hand() -> None:

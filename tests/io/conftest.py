@@ -43,19 +43,32 @@ class GGUF:
         return path
 
 
-def _model(arch: str, kind: str, sizes: dict[str, int], tied: bool, extra: dict[str, tuple[int, ...]],
-           fields: dict[str, Any]) -> GGUF:
+def _model(
+    arch: str, kind: str, sizes: dict[str, int], tied: bool, extra: dict[str, tuple[int, ...]], fields: dict[str, Any]
+) -> GGUF:
     rng = np.random.default_rng(0)
     d, f, q, kv = sizes["dim"], sizes["mlp"], sizes["heads"] * sizes["head_dim"], sizes["kv"] * sizes["head_dim"]
     shapes: dict[str, tuple[int, ...]] = {"token_embd": (sizes["vocab"], d), "output_norm": (d,)}
     if not tied:
         shapes["output"] = (sizes["vocab"], d)
     for i in range(sizes["layers"]):
-        layer = {"attn_norm": (d,), "attn_q": (q, d), "attn_k": (kv, d), "attn_v": (kv, d), "attn_output": (d, q),
-                 "ffn_norm": (d,), "ffn_gate": (f, d), "ffn_up": (f, d), "ffn_down": (d, f), **extra}
+        layer = {
+            "attn_norm": (d,),
+            "attn_q": (q, d),
+            "attn_k": (kv, d),
+            "attn_v": (kv, d),
+            "attn_output": (d, q),
+            "ffn_norm": (d,),
+            "ffn_gate": (f, d),
+            "ffn_up": (f, d),
+            "ffn_down": (d, f),
+            **extra,
+        }
         shapes |= {f"blk.{i}.{name}": shape for name, shape in layer.items()}
-    tensors = {f"{name}.weight": (rng.standard_normal(shape).astype(np.float32), kind if len(shape) == 2 else "F32")
-               for name, shape in shapes.items()}
+    tensors = {
+        f"{name}.weight": (rng.standard_normal(shape).astype(np.float32), kind if len(shape) == 2 else "F32")
+        for name, shape in shapes.items()
+    }
     return GGUF(arch, {
         f"{arch}.block_count": sizes["layers"], f"{arch}.context_length": 64, f"{arch}.embedding_length": d,
         f"{arch}.feed_forward_length": f, f"{arch}.attention.head_count": sizes["heads"],
@@ -81,9 +94,14 @@ def gemma3_gguf() -> Callable[..., GGUF]:
 
     def make(kind: str = "F32", **sizes: int) -> GGUF:
         base = {"vocab": 96, "dim": 64, "layers": 7, "heads": 2, "kv": 1, "head_dim": 32, "mlp": 96} | sizes
-        norms = {"attn_q_norm": (base["head_dim"],), "attn_k_norm": (base["head_dim"],),
-                 "post_attention_norm": (base["dim"],), "post_ffw_norm": (base["dim"],)}
-        return _model("gemma3", kind, base, True, norms,
-                      {"gemma3.attention.sliding_window": 8, "gemma3.rope.freq_base": 1e6})
+        norms = {
+            "attn_q_norm": (base["head_dim"],),
+            "attn_k_norm": (base["head_dim"],),
+            "post_attention_norm": (base["dim"],),
+            "post_ffw_norm": (base["dim"],),
+        }
+        return _model(
+            "gemma3", kind, base, True, norms, {"gemma3.attention.sliding_window": 8, "gemma3.rope.freq_base": 1e6}
+        )
 
     return make

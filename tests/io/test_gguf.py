@@ -49,9 +49,17 @@ def read(path: Path, dtype: str = "float32") -> tuple[Any, Weights]:
 
 
 def pairs(gguf: Any, layers: int) -> dict[str, str]:
-    names = {"attn_q": "attn.q", "attn_k": "attn.k", "attn_v": "attn.v", "attn_output": "attn.o",
-             "ffn_gate": "mlp.gate", "ffn_up": "mlp.up", "ffn_down": "mlp.down",
-             "attn_norm": "attn_norm", "ffn_norm": "mlp_norm"}
+    names = {
+        "attn_q": "attn.q",
+        "attn_k": "attn.k",
+        "attn_v": "attn.v",
+        "attn_output": "attn.o",
+        "ffn_gate": "mlp.gate",
+        "ffn_up": "mlp.up",
+        "ffn_down": "mlp.down",
+        "attn_norm": "attn_norm",
+        "ffn_norm": "mlp_norm",
+    }
     every = {f"blk.{i}.{file}.weight": f"layers.{i}.{ours}" for i in range(layers) for file, ours in names.items()}
     every |= {"token_embd.weight": "embed", "output_norm.weight": "final_norm", "output.weight": "head"}
     return {file: ours for file, ours in every.items() if file in gguf.tensors}
@@ -75,8 +83,9 @@ def test_values_are_the_gguf_packages_own(kind: str, llama_gguf: Callable, tmp_p
     assert model.spec.config.tied is False and model.spec.weights == ()
 
 
-def test_tensor_of_many_chunks_is_read_whole(llama_gguf: Callable, tmp_path: Path,
-                                             monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensor_of_many_chunks_is_read_whole(
+    llama_gguf: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     gguf = llama_gguf("Q4_1")
     _, whole = read(gguf.write(tmp_path / "m.gguf"))
     _, whole_kept = read(tmp_path / "m.gguf", "keep")
@@ -141,8 +150,18 @@ def test_kept_model_computes_what_the_dense_one_does(llama_gguf: Callable, tmp_p
 
 def test_llama_config(llama_gguf: Callable, tmp_path: Path) -> None:
     config = load(llama_gguf().write(tmp_path / "m.gguf"))[0].spec.config
-    assert config == ip.models.LlamaConfig(vocab=96, dim=64, layers=2, heads=4, kv_heads=2, head_dim=16, context=64,
-                                           mlp=96, norm_eps=1e-5, rope_theta=10000.0)
+    assert config == ip.models.LlamaConfig(
+        vocab=96,
+        dim=64,
+        layers=2,
+        heads=4,
+        kv_heads=2,
+        head_dim=16,
+        context=64,
+        mlp=96,
+        norm_eps=1e-5,
+        rope_theta=10000.0,
+    )
 
 
 def test_gemma3_norms_and_config(gemma3_gguf: Callable, tmp_path: Path) -> None:
@@ -150,12 +169,28 @@ def test_gemma3_norms_and_config(gemma3_gguf: Callable, tmp_path: Path) -> None:
     gguf.fields |= {"gemma3.rope.scaling.type": "linear", "gemma3.rope.scaling.factor": 8.0}
     model, weights = read(gguf.write(tmp_path / "m.gguf"))
     assert model.spec.config == ip.models.Gemma3Config(
-        vocab=96, dim=64, layers=7, heads=2, kv_heads=1, head_dim=32, context=64, mlp=96, window=8, norm_eps=1e-5,
-        query_scale=32.0, rope_factor=8.0)
+        vocab=96,
+        dim=64,
+        layers=7,
+        heads=2,
+        kv_heads=1,
+        head_dim=32,
+        context=64,
+        mlp=96,
+        window=8,
+        norm_eps=1e-5,
+        query_scale=32.0,
+        rope_factor=8.0,
+    )
     tensors = {name: x for name, (x, _) in gguf.tensors.items()}
-    for file, ours in {"attn_norm": "attn_norm", "attn_q_norm": "attn.q_norm", "attn_k_norm": "attn.k_norm",
-                       "post_attention_norm": "attn_out_norm", "ffn_norm": "mlp_norm",
-                       "post_ffw_norm": "mlp_out_norm"}.items():
+    for file, ours in {
+        "attn_norm": "attn_norm",
+        "attn_q_norm": "attn.q_norm",
+        "attn_k_norm": "attn.k_norm",
+        "post_attention_norm": "attn_out_norm",
+        "ffn_norm": "mlp_norm",
+        "post_ffw_norm": "mlp_out_norm",
+    }.items():
         np.testing.assert_array_equal(weights[f"layers.3.{ours}"], tensors[f"blk.3.{file}.weight"] - np.float32(1))
     np.testing.assert_array_equal(weights["final_norm"], tensors["output_norm.weight"] - np.float32(1))
     np.testing.assert_array_equal(weights["layers.3.attn.q"], tensors["blk.3.attn_q.weight"])
@@ -190,7 +225,11 @@ def test_llama3_rope_is_recovered(factor: float, context: int, llama_gguf: Calla
     gguf.tensors["rope_freqs.weight"] = llama3_factors(500000.0, 64, factor, 1.0, 4.0, context), "F32"
     scaling = load(gguf.write(tmp_path / "m.gguf"))[0].spec.config.rope_scaling
     assert (scaling.factor, scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_context) == (
-        factor, 1.0, 4.0, context)
+        factor,
+        1.0,
+        4.0,
+        context,
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------- memory
@@ -225,12 +264,19 @@ print(json.dumps([max(peak, anonymous()) - before, sum(leaf.nbytes for leaf in j
 def test_loading_takes_little_more_than_the_params(dtype: str, llama_gguf: Callable, tmp_path: Path) -> None:
     gguf = llama_gguf("F32", vocab=8192, dim=1024, layers=3, heads=16, kv=4, head_dim=64, mlp=4096)
     # Values that take no time to quantise: one row, over and over.
-    gguf.tensors = {name: (np.tile(x[:1], (len(x), 1)) if x.ndim == 2 else x, "Q8_0" if x.ndim == 2 else "F32")
-                    for name, (x, _) in gguf.tensors.items()}
+    gguf.tensors = {
+        name: (np.tile(x[:1], (len(x), 1)) if x.ndim == 2 else x, "Q8_0" if x.ndim == 2 else "F32")
+        for name, (x, _) in gguf.tensors.items()
+    }
     path = gguf.write(tmp_path / "m.gguf")
     assert path.stat().st_size > 50e6
-    run = subprocess.run([sys.executable, "-c", MEASURE, str(path), dtype], capture_output=True, text=True, check=True,
-                         cwd=Path(ip.__file__).parents[1])
+    run = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(path), dtype],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(ip.__file__).parents[1],
+    )
     anonymous, params = json.loads(run.stdout)
     assert params > 50e6
     assert anonymous <= 1.5 * params
@@ -283,8 +329,9 @@ def test_foreign_file_is_refused(data: bytes, tmp_path: Path) -> None:
     refused(tmp_path / "m.gguf", "is not a GGUF file", "fix: give a .gguf file")
 
 
-@pytest.mark.parametrize("version, said", [(struct.pack("<I", 1), "has version 1"),
-                                           (struct.pack(">I", 3), "big-endian")])
+@pytest.mark.parametrize(
+    "version, said", [(struct.pack("<I", 1), "has version 1"), (struct.pack(">I", 3), "big-endian")]
+)
 def test_other_version_and_byte_order_are_refused(version: bytes, said: str, tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(b"GGUF" + version + b"\x00" * 64)
     refused(tmp_path / "m.gguf", said)
@@ -335,8 +382,9 @@ def test_integer_tensor_is_refused(llama_gguf: Callable, tmp_path: Path) -> None
     ("llama.block_count", "two", "'llama.block_count' is 'two'"),
     ("llama.attention.causal", False, "looks ahead"),
 ])  # fmt: skip
-def test_metadata_beyond_the_family_is_refused(key: str, value: Any, said: str, llama_gguf: Callable,
-                                               tmp_path: Path) -> None:
+def test_metadata_beyond_the_family_is_refused(
+    key: str, value: Any, said: str, llama_gguf: Callable, tmp_path: Path
+) -> None:
     gguf = llama_gguf()
     gguf.fields[key] = value
     if key == "llama.rope.scaling.type":
@@ -382,6 +430,15 @@ def test_real_model_keeps_its_blocks(smollm2: Path) -> None:
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(params)) == stored == 96_576_768
     assert len(formats) == 211 and formats["embed"].name == "int8" and formats["layers.29.mlp.down"].name == "int4_min"
     assert model.spec.config == ip.models.LlamaConfig(
-        vocab=49152, dim=576, layers=30, heads=9, kv_heads=3, head_dim=64, context=8192, mlp=1536, norm_eps=1e-5,
-        rope_theta=100000.0)
+        vocab=49152,
+        dim=576,
+        layers=30,
+        heads=9,
+        kv_heads=3,
+        head_dim=64,
+        context=8192,
+        mlp=1536,
+        norm_eps=1e-5,
+        rope_theta=100000.0,
+    )
     assert model.tokenizer.vocab_size == 49152 and model.tokenizer.eos_ids == (2,)

@@ -29,8 +29,9 @@ Edit = Callable[..., Path]
 def edited(tmp_path: Path) -> Edit:
     """`edited(name, config=..., tensors=...)`: a copy of a fixture, its config and its tensors changed in place."""
 
-    def make(name: str, config: Callable[[dict], Any] | None = None,
-             tensors: Callable[[dict], Any] | None = None) -> Path:
+    def make(
+        name: str, config: Callable[[dict], Any] | None = None, tensors: Callable[[dict], Any] | None = None
+    ) -> Path:
         folder = tmp_path / name
         shutil.copytree(FIXTURES / name, folder)
         if config:
@@ -73,9 +74,14 @@ def test_weights_are_the_files(edited: Edit) -> None:
 
 def test_gemma3_norms_keep_their_places() -> None:
     file, ours = load_file(FIXTURES / "gemma3" / "model.safetensors"), weights(FIXTURES / "gemma3")
-    for name, theirs in {"attn_norm": "input_layernorm", "attn_out_norm": "post_attention_layernorm",
-                         "mlp_norm": "pre_feedforward_layernorm", "mlp_out_norm": "post_feedforward_layernorm",
-                         "attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm"}.items():
+    for name, theirs in {
+        "attn_norm": "input_layernorm",
+        "attn_out_norm": "post_attention_layernorm",
+        "mlp_norm": "pre_feedforward_layernorm",
+        "mlp_out_norm": "post_feedforward_layernorm",
+        "attn.q_norm": "self_attn.q_norm",
+        "attn.k_norm": "self_attn.k_norm",
+    }.items():
         np.testing.assert_array_equal(ours[f"layers.5.{name}"], file[f"model.layers.5.{theirs}.weight"])
 
 
@@ -205,8 +211,10 @@ def test_config_beyond_the_families_is_refused(name: str, key: str, value: Any, 
 
 
 def test_missing_tensor_is_refused(edited: Edit) -> None:
-    refused(edited("llama", tensors=lambda a: a.pop("model.layers.1.mlp.up_proj.weight")),
-            "has no tensor 'model.layers.1.mlp.up_proj.weight'")
+    refused(
+        edited("llama", tensors=lambda a: a.pop("model.layers.1.mlp.up_proj.weight")),
+        "has no tensor 'model.layers.1.mlp.up_proj.weight'",
+    )
 
 
 def test_extra_tensor_is_refused(edited: Edit) -> None:
@@ -216,8 +224,10 @@ def test_extra_tensor_is_refused(edited: Edit) -> None:
 
 def test_misshapen_tensor_is_refused(edited: Edit) -> None:
     name = "model.layers.0.self_attn.q_proj.weight"
-    refused(edited("llama", tensors=lambda a: a.update({name: a[name].T.copy()})),
-            f"{name} has shape [32, 48], not [48, 32]")
+    refused(
+        edited("llama", tensors=lambda a: a.update({name: a[name].T.copy()})),
+        f"{name} has shape [32, 48], not [48, 32]",
+    )
 
 
 def test_integer_tensor_is_refused(edited: Edit) -> None:

@@ -34,12 +34,21 @@ def byte_fallback() -> Tokenizer:
     """As Llama 2's: words marked by a low line, unknown characters as bytes <0xNN>, the first space dropped."""
     words = ["<unk>", *(f"<0x{b:02X}>" for b in range(256)), "▁", "a", "b", "▁a", "▁ab", "é", "▁▁"]
     merges = [("▁", "a"), ("▁a", "b"), ("▁", "▁")]
-    backend = tokenizers.Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, merges, unk_token="<unk>",
-                                              byte_fallback=True, fuse_unk=True, continuing_subword_prefix="",
-                                              end_of_word_suffix=""))
+    backend = tokenizers.Tokenizer(
+        models.BPE(
+            {w: i for i, w in enumerate(words)},
+            merges,
+            unk_token="<unk>",
+            byte_fallback=True,
+            fuse_unk=True,
+            continuing_subword_prefix="",
+            end_of_word_suffix="",
+        )
+    )
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
-                                         decoders.Strip(" ", 1, 0)])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
     backend.add_special_tokens([AddedToken("<s>", special=True, normalized=False)])
     return Tokenizer(backend)
 
@@ -177,8 +186,15 @@ def test_prompt_that_is_not_text_is_refused(text: Any, said: str, tokenizer: Tok
 
 def bpe_fields(**changes: Any) -> dict[str, Any]:
     words = sorted(pre_tokenizers.ByteLevel.alphabet())[:94] + ["zz", "<end>"]
-    fields = {"model": "gpt2", "pre": "gpt-2", "tokens": words, "merges": ["z z"], "token_type": [1] * 95 + [3],
-              "eos_token_id": 95, "add_bos_token": False} | changes
+    fields = {
+        "model": "gpt2",
+        "pre": "gpt-2",
+        "tokens": words,
+        "merges": ["z z"],
+        "token_type": [1] * 95 + [3],
+        "eos_token_id": 95,
+        "add_bos_token": False,
+    } | changes
     return {f"tokenizer.ggml.{key}": value for key, value in fields.items() if value is not None}
 
 

@@ -24,8 +24,11 @@ Round = tuple[list[int], int]
 """How many tokens each row is fed, and how many wrong ones follow, to be taken back again."""
 
 
-@pytest.fixture(scope="module", params=[(f, cached) for f in FOLDERS for cached in (False, True)],
-                ids=lambda p: f"{p[0]}-{'cached' if p[1] else 'uncached'}")
+@pytest.fixture(
+    scope="module",
+    params=[(f, cached) for f in FOLDERS for cached in (False, True)],
+    ids=lambda p: f"{p[0]}-{'cached' if p[1] else 'uncached'}",
+)
 def stack(request: pytest.FixtureRequest) -> tuple[Any, Any, Callable[..., Any], Any]:
     """A model, its params, its jitted `apply`, and the golden logits."""
     folder, cached = request.param
@@ -95,8 +98,17 @@ def test_rows_alone_equal_transformers(stack: tuple[Any, ...]) -> None:
 def test_rollback_and_refeed_equal_transformers(stack: tuple[Any, ...], wrong: int) -> None:
     """After each call wrong tokens are stored and taken back: the text goes on as if they had never been."""
     *run, golden = stack
-    rounds = [([7, 3], wrong), ([2, 6], wrong), ([1, 1], wrong), ([7, 7], wrong), ([0, 4], wrong), ([7, 3], wrong),
-              ([7, 7], wrong), ([3, 7], wrong), ([6, 2], 0)]
+    rounds = [
+        ([7, 3], wrong),
+        ([2, 6], wrong),
+        ([1, 1], wrong),
+        ([7, 7], wrong),
+        ([0, 4], wrong),
+        ([7, 3], wrong),
+        ([7, 7], wrong),
+        ([3, 7], wrong),
+        ([6, 2], 0),
+    ]
     assert_golden(feed(*run, golden["tokens"], rounds), golden)
 
 
