@@ -159,10 +159,18 @@ def rollback(state: State, n: int | np.ndarray | Array) -> State:
         )
     lengths, peak, taken = np.asarray(state.lengths), np.asarray(state.peak), np.asarray(n)
     if taken.dtype.kind not in "iu" or taken.shape not in ((), lengths.shape):
-        raise InfoptError(f"cannot take {n!r} tokens back.", fix=f"a whole number, or {len(lengths)} of them")
+        raise InfoptError(
+            f"cannot take {n!r} tokens back.",
+            why="each row steps back by its own whole number of tokens.",
+            fix=f"a whole number, or {len(lengths)} of them",
+        )
     left = lengths - taken.astype(np.int32)
     if np.any(taken < 0) or np.any(left < 0):
-        raise InfoptError(f"cannot take {n} tokens back from rows of {lengths.tolist()}.", fix="0 <= n <= lengths")
+        raise InfoptError(
+            f"cannot take {n} tokens back from rows of {lengths.tolist()}.",
+            why="a row has no tokens beyond its start.",
+            fix="0 <= n <= lengths",
+        )
     if state.lookahead is not None and np.any(peak - left > state.lookahead):
         raise InfoptError(
             f"cannot take {n} tokens back: the ring was built to look ahead {state.lookahead}, "

@@ -6,19 +6,18 @@ class InfoptError(ValueError):
 
     Args:
       what: one sentence, what was refused.
-      why: the reason (left out when `what` already gives it).
+      why: the reason.
       fix: what to do or write instead.
     """
 
-    def __init__(self, what: str, *, why: str = "", fix: str = "") -> None:
+    def __init__(self, what: str, *, why: str, fix: str) -> None:
         self.what, self.why, self.fix = what, why, fix
-        lines = [what] + [f"  why: {why}"] * bool(why) + [f"  fix: {fix}"] * bool(fix)
-        super().__init__("\n".join(lines))
+        super().__init__(f"{what}\n  why: {why}\n  fix: {fix}")
 
     @property
     def one_line(self) -> str:
         """The same on one line, for a terminal."""
-        parts = [self.what] + [f"why: {self.why}"] * bool(self.why) + [f"fix: {self.fix}"] * bool(self.fix)
+        parts = (self.what, f"why: {self.why}", f"fix: {self.fix}")
         return "; ".join(" ".join(part.split()).rstrip(".") for part in parts)
 
 

@@ -192,24 +192,37 @@ def _read_prompts(model: Model, prompts: Prompts) -> tuple[list[list[int]], bool
     if isinstance(prompts, np.ndarray | jax.Array):
         prompts = np.asarray(prompts).tolist()
     if not isinstance(prompts, str | list | tuple):
-        raise PromptError(f"prompts are a {type(prompts).__name__}.", fix="a text, token ids, or a list of either")
+        raise PromptError(
+            f"prompts are a {type(prompts).__name__}.",
+            why="nothing else is read as a text or as token ids.",
+            fix="a text, token ids, or a list of either",
+        )
     single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int | np.integer))
     several: Any = [prompts] if single else list(prompts)
     if not several:
-        raise PromptError("there is no prompt.", fix="a text, token ids, or a list of either")
+        raise PromptError(
+            "there is no prompt.",
+            why="a batch of no rows generates nothing.",
+            fix="a text, token ids, or a list of either",
+        )
     rows = []
     for i, prompt in enumerate(several):
         if isinstance(prompt, str):
             if model.tokenizer is None:
                 raise PromptError(
                     "a text was given to a model without a tokenizer.",
+                    why="a text becomes token ids by the tokenizer that the model was trained with.",
                     fix="token ids, or a model loaded with its tokenizer",
                 )
             ids = model.tokenizer.encode(prompt)
         elif isinstance(prompt, Sequence | np.ndarray) and all(isinstance(t, int | np.integer) for t in prompt):
             ids = [int(t) for t in prompt]
         else:
-            raise PromptError(f"prompt {i} is neither a text nor a list of token ids.", fix="str, or list of int")
+            raise PromptError(
+                f"prompt {i} is neither a text nor a list of token ids.",
+                why="nothing else is read as a text or as token ids.",
+                fix="str, or list of int",
+            )
         if not ids:
             raise PromptError(
                 f"prompt {i} is empty.",
@@ -236,6 +249,7 @@ def _length(spec: Spec, longest: int, max_new: int, max_len: int | None) -> int:
         if need > max_len:
             raise PromptError(
                 f"{what} do not fit max_len={max_len}.",
+                why="every token of a row needs a slot of the state, or its writes are lost.",
                 fix=f"max_len={need}" + f", or max_new={max_len - longest - k}" * (max_len > longest + k),
             )
         check_length(spec, max_len)
@@ -431,17 +445,28 @@ def _start(
     spec, tokenizer = model.spec, model.tokenizer
     for name, value in (("max_new", max_new), ("max_len", max_new if max_len is None else max_len)):
         if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
-            raise PromptError(f"{name}={value!r} is not a whole number >= 1.", fix=f"{name}=64, say")
+            raise PromptError(
+                f"{name}={value!r} is not a whole number >= 1.", why="it counts tokens.", fix=f"{name}=64, say"
+            )
     stop = (stop,) if isinstance(stop, str) else tuple(stop or ())
     if any(not isinstance(s, str) or not s for s in stop):
-        raise PromptError(f"stop={stop!r} holds what is no text.", fix="non-empty strings; ids go to stop_tokens")
+        raise PromptError(
+            f"stop={stop!r} holds what is no text.",
+            why="stop strings are looked for in the text, and the empty one is everywhere.",
+            fix="non-empty strings; ids go to stop_tokens",
+        )
     if stop and tokenizer is None:
-        raise PromptError("stop strings were given to a model without a tokenizer.", fix="stop_tokens=[...]")
+        raise PromptError(
+            "stop strings were given to a model without a tokenizer.",
+            why="without one there is no text to look for them in.",
+            fix="stop_tokens=[...]",
+        )
     eos = () if tokenizer is None else tokenizer.eos_ids
     enders: list[int] = list(eos if stop_tokens is None else np.atleast_1d(stop_tokens).tolist())
     if any(not isinstance(t, int) or not 0 <= t < spec.config.vocab for t in enders):
         raise PromptError(
             f"stop_tokens={enders} are not all in the vocabulary of {spec.config.vocab}.",
+            why="a word that the model cannot emit ends nothing.",
             fix="token ids of this model",
         )
     rows, single = _read_prompts(model, prompts)

@@ -87,7 +87,11 @@ def define(
       The family; `Model.of(family, config)` is a model.
     """
     if not name.isidentifier():
-        raise InfoptError(f"a family cannot be named {name!r}.", fix="a name like a Python identifier")
+        raise InfoptError(
+            f"a family cannot be named {name!r}.",
+            why="the name goes into saved Specs and error messages.",
+            fix="a name like a Python identifier",
+        )
     family = Family(name, config, init, embed, block, final)
     FAMILIES[name] = family
     build.cache_clear()
@@ -324,16 +328,29 @@ def _check_weight(name: str, x: Any, shape: tuple[int, ...], fmt: Format | None,
     fix = "model.convert(params) with this very model, or params that were converted for it"
     if fmt is None:
         if is_qtensor(x):
-            raise ParamsError(f"{name} is packed as {x.format.name}, but this stack computes with it dense.", fix=fix)
+            raise ParamsError(
+                f"{name} is packed as {x.format.name}, but this stack computes with it dense.",
+                why="they are the params of another stack, or were never converted.",
+                fix=fix,
+            )
         if tuple(x.shape) != (*leading, *shape):
-            raise ParamsError(f"{name} has shape {tuple(x.shape)}, but this stack needs {(*leading, *shape)}.", fix=fix)
+            raise ParamsError(
+                f"{name} has shape {tuple(x.shape)}, but this stack needs {(*leading, *shape)}.",
+                why="they are the params of another model or stack.",
+                fix=fix,
+            )
         return
     if not is_qtensor(x):
-        raise ParamsError(f"{name} is dense, but this stack computes with it as {fmt.name}.", fix=fix)
+        raise ParamsError(
+            f"{name} is dense, but this stack computes with it as {fmt.name}.",
+            why="they are the params of another stack, or were never converted.",
+            fix=fix,
+        )
     if x.format != fmt or x.shape != shape or tuple(x.codes.shape[: -len(shape)]) != leading:
         raise ParamsError(
             f"{name} is {x.format} of {tuple(x.codes.shape[: -len(shape)]) + x.shape}, "
             f"but this stack needs {fmt} of {(*leading, *shape)}.",
+            why="they are the params of another model or stack.",
             fix=fix,
         )
 
@@ -344,6 +361,7 @@ def check_params(spec: Spec, params: Params) -> None:
         if not isinstance(params, Mapping) or set(params) != {"target", "draft"}:
             raise ParamsError(
                 "a speculative stack's params are a pair, target and draft, and these are not.",
+                why="the draft has weights of its own.",
                 fix="params = model.convert(base_params)",
             )
         check_params(spec.replace(program=None), params["target"])
@@ -354,13 +372,15 @@ def check_params(spec: Spec, params: Params) -> None:
     if not isinstance(params, Mapping) or "segments" not in params:
         raise ParamsError(
             "these are not one model's params: they have no 'segments'.",
-            why="a speculative stack's pair?" if isinstance(params, Mapping) else "",
+            why="they may be a speculative stack's pair." if isinstance(params, Mapping) else "they are no mapping.",
             fix=fix,
         )
     top = {n for n in expected if not n.startswith("layers.")} | {"segments"}
     if set(params) != top:
         raise ParamsError(
-            f"params have {sorted(set(params) - {'segments'})}, this stack has {sorted(top - {'segments'})}.", fix=fix
+            f"params have {sorted(set(params) - {'segments'})}, this stack has {sorted(top - {'segments'})}.",
+            why="they are the params of another model or stack.",
+            fix=fix,
         )
     for name in top - {"segments"}:
         _check_weight(name, params[name], expected[name], formats.get(name), ())
@@ -444,20 +464,33 @@ def build(spec: Spec) -> Functions:
     return _build_plain(spec) if spec.program is None else _build_speculative(spec, spec.program)
 
 
-def _check_tokens(tokens: Any, state: State) -> None:
+def _check_tokens(tokens: Any, state: State, count: Any, vocab: int) -> None:
     if tokens.ndim != 2 or tokens.shape[0] != state.batch or not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise PromptError(
             f"tokens are {tokens.dtype}{list(tokens.shape)}.",
+            why="each row of the state takes a row of token ids.",
             fix=f"whole numbers [B, T] with B = {state.batch}, as in init_state(batch={state.batch}, ...)",
         )
     if tokens.shape[1] > (state.lookahead or state.max_len):
         bound = f"a ring that looks ahead {state.lookahead}" if state.lookahead else f"a state of {state.max_len}"
         raise PromptError(
             f"{tokens.shape[1]} tokens at once do not fit {bound}.",
-            why="a longer chunk would overwrite keys that its own first tokens still see." if state.lookahead else "",
+            why="a longer chunk would overwrite keys that its own first tokens still see."
+            if state.lookahead
+            else "each token needs a slot.",
             fix=f"init_state(..., chunk={tokens.shape[1]}), or shorter chunks"
             if state.lookahead
             else f"init_state(max_len={tokens.shape[1]})",
+        )
+    if is_traced(tokens) or is_traced(count):
+        return
+    ids = np.asarray(tokens)
+    taken = np.arange(ids.shape[1]) < (ids.shape[1] if count is None else np.asarray(count)[:, None])
+    if (bad := ids[taken & ((ids < 0) | (ids >= vocab))]).size:
+        raise PromptError(
+            f"token {bad[0]} is outside the vocabulary of {vocab} words.",
+            why="it has no embedding.",
+            fix="ids made by this model's own tokenizer",
         )
 
 
@@ -473,7 +506,9 @@ def _build_plain(spec: Spec) -> Functions:
         """
         if batch < 1 or max_len < 1 or (chunk is not None and chunk < 1):
             raise PromptError(
-                f"a state of {batch} rows, {max_len} tokens and chunks of {chunk} is empty.", fix="all >= 1"
+                f"a state of {batch} rows, {max_len} tokens and chunks of {chunk} is empty.",
+                why="it would hold nothing.",
+                fix="all >= 1",
             )
         check_length(spec, max_len)
         layouts: tuple[Layout, ...] = ()
@@ -554,7 +589,7 @@ def _build_plain(spec: Spec) -> Functions:
           `[B, T, D]` (beyond a row's count: meaningless) and the new state.
         """
         check_params(spec, params)
-        _check_tokens(tokens, state)
+        _check_tokens(tokens, state, count, config.vocab)
         tokens = tokens.astype(jnp.int32)
         batch, length = tokens.shape
         steps = jnp.arange(length, dtype=jnp.int32)[None]
@@ -773,12 +808,14 @@ class Model:
         if source is not None and model != source:
             raise ParamsError(
                 f"{source.recipe} is no ancestor of {self.recipe}.",
+                why="only the transforms between a model and its descendant say how params change.",
                 fix="a model that this one was made from by transforms",
             )
         wanted = {name for m in chain if m.transform is not None for name in m.transform.extras}
         if set(extra) != wanted:
             raise ParamsError(
                 f"convert was given {sorted(extra) or 'no extra params'}, this stack needs {sorted(wanted) or 'none'}.",
+                why="each is asked for by a transform of the stack, by name.",
                 fix="convert(params" + "".join(f", {n}={n}_params" for n in sorted(wanted)) + ")",
             )
         check_params(model.spec, params)
@@ -856,7 +893,9 @@ def spec_from_json(text: str) -> Spec:
             config["rope_scaling"] = Llama3Rope(**config["rope_scaling"])
         if x["family"] not in FAMILIES:
             raise InfoptError(
-                f"no family named {x['family']!r} is defined here.", fix=nearest(x["family"], list(FAMILIES))
+                f"no family named {x['family']!r} is defined here.",
+                why="a Spec holds the name of its functions, not the functions.",
+                fix=nearest(x["family"], list(FAMILIES)),
             )
         return Spec(
             x["family"],
@@ -877,5 +916,6 @@ def spec_from_json(text: str) -> Spec:
             raise
         raise InfoptError(
             f"the text is not a Spec: {type(e).__name__}: {e}.",
+            why="it was damaged, or written by hand or by another version.",
             fix="what Spec.to_json wrote, by this version of infopt",
         ) from e

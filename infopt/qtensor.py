@@ -74,11 +74,23 @@ class Format:
 
     def __post_init__(self) -> None:
         if self.name not in FORMATS:
-            raise InfoptError(f"unknown weight format {self.name!r}.", fix=nearest(self.name, list(FORMATS)))
+            raise InfoptError(
+                f"unknown weight format {self.name!r}.",
+                why="codes mean values only by a row of the table of formats.",
+                fix=nearest(self.name, list(FORMATS)),
+            )
         if self.group is not None and self.group < 1:
-            raise InfoptError(f"a group of {self.group} values cannot share a scale.", fix="group >= 1, or None")
+            raise InfoptError(
+                f"a group of {self.group} values cannot share a scale.",
+                why="a group is some neighbours along the input axis.",
+                fix="group >= 1, or None",
+            )
         if self.row.bits == 4 and self.group is not None and self.group % 2:
-            raise InfoptError(f"a group of {self.group} 4-bit codes does not fill whole bytes.", fix="an even group")
+            raise InfoptError(
+                f"a group of {self.group} 4-bit codes does not fill whole bytes.",
+                why="two codes share a byte, and a group must not share one.",
+                fix="an even group",
+            )
 
     @property
     def row(self) -> Row:
@@ -107,6 +119,7 @@ class Format:
         if self.row.bits == 4 and group % 2:
             raise InfoptError(
                 f"{name} has rows of {width} values, which 4-bit codes cannot fill in whole bytes.",
+                why="two codes share a byte, and a row must not share one.",
                 fix="leave it out with where=..., or use bits=8",
             )
 

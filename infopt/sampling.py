@@ -70,17 +70,29 @@ class Sampling:
         Array([0, 1], dtype=uint32)
         """
 
+        reasons = {
+            "seed": "it is the 32-bit key of the noise.",
+            "temperature": "logits are divided by it, and a negative one would prefer the unlikeliest words.",
+            "top_k": "it counts words.",
+            "top_p": "it is a share of the probability, and a draw needs one word at least.",
+            "min_p": "it is a share of the likeliest word's probability.",
+            "repetition_penalty": "logits are divided by it.",
+            "logprobs": "it says whether a row wants them.",
+        }
+
         def rows(name: str, value: Any, dtype: Any, ok: Any, range_: str, given: Any = None) -> Array:
             x = np.asarray(value)
             given = value if given is None else given
             if x.ndim > 1 or (x.ndim == 1 and len(x) != batch):
                 raise SamplingError(
-                    f"{name} has shape {x.shape} for {batch} rows.", fix=f"one value, or {batch} of them"
+                    f"{name} has shape {x.shape} for {batch} rows.",
+                    why="each row of the batch has its own value, or all have one.",
+                    fix=f"one value, or {batch} of them",
                 )
             if x.dtype.kind not in "biuf" or x.size == 0 or not np.all(np.isfinite(x.astype(float)) & ok(x)):
                 raise SamplingError(
                     f"{name}={given!r} is out of range.",
-                    why=f"nothing is drawn by such a {name}.",
+                    why=reasons[name],
                     fix=f"{name} {range_}",
                 )
             return jnp.asarray(np.broadcast_to(x, (batch,)).astype(dtype))
@@ -89,8 +101,13 @@ class Sampling:
         seeds = np.asarray(seed)
         if seeds.ndim == 0 and seeds.dtype.kind in "iuf":
             seeds = seeds + np.arange(batch)
-        if mask is not None and (np.ndim(mask) != 2 or mask.shape[0] != batch or mask.dtype != bool):
-            raise SamplingError(f"mask is {mask.dtype}{list(np.shape(mask))}.", fix=f"bool [{batch}, words]")
+        mask = None if mask is None else jnp.asarray(mask)
+        if mask is not None and (mask.ndim != 2 or mask.shape[0] != batch or mask.dtype != bool):
+            raise SamplingError(
+                f"mask is {mask.dtype}{list(np.shape(mask))}.",
+                why="it says of each word whether a row may emit it.",
+                fix=f"bool [{batch}, words]",
+            )
         return Sampling(
             seed=rows("seed", seeds, np.uint32, lambda x: whole(x) & (x >= 0) & (x < 2**32), "in 0 .. 2**32 - 1", seed),
             temperature=rows("temperature", temperature, np.float32, lambda x: x >= 0, ">= 0 (0 is greedy)"),

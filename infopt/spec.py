@@ -64,12 +64,17 @@ class Config:
         for field in ("vocab", "dim", "layers", "heads", "kv_heads", "head_dim", "context"):
             value = getattr(self, field)
             if not isinstance(value, numbers.Integral) or value < 1:
-                raise InfoptError(f"{type(self).__name__}: {field}={value!r} is not a positive whole number.")
+                raise InfoptError(
+                    f"{type(self).__name__}: {field}={value!r} is not a positive whole number.",
+                    why="it is the size of an array.",
+                    fix=f"{field} >= 1",
+                )
             object.__setattr__(self, field, int(value))  # numpy's are not JSON-able
         if self.heads % self.kv_heads:
             raise InfoptError(
                 f"{type(self).__name__}: kv_heads={self.kv_heads} does not divide heads={self.heads}.",
                 why="each key/value head serves an equal share of the query heads.",
+                fix=f"kv_heads in {[n for n in range(1, self.heads + 1) if self.heads % n == 0]}",
             )
 
     @property

@@ -246,8 +246,8 @@ def apply_order(base: Model, order: Sequence[Transform]) -> Model:
     try:
         return functools.reduce(lambda model, t: t(model), order, base)
     except InfoptError as e:
-        if not e.fix:
-            raise Mismatch(f"{' | '.join(map(repr, order))} is refused without a fix: {e}") from e
+        if not (e.why and e.fix):
+            raise Mismatch(f"{' | '.join(map(repr, order))} is refused without a reason or a fix: {e}") from e
         raise
 
 

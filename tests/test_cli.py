@@ -174,6 +174,45 @@ def test_mistake_costs_one_line_and_exit_code_2(
     assert message in err
 
 
+@pytest.fixture(scope="module")
+def smollm2() -> Any:
+    return ip.load("smollm2-135m", "keep")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([""], "prompt 0 is empty"),
+        (["So", "--max-new", "9000"], "exceed the model's context of 8192"),
+        (["So", "--max-len", "4"], "do not fit max_len=4"),
+        (["So", "--temperature", "-1"], "temperature=-1.0 is out of range"),
+        (["So", "--top-p", "0"], "top_p=0.0 is out of range"),
+        (["So", "--top-p", "1.5"], "top_p=1.5 is out of range"),
+        (["So", "--stack", "paged(16)"], "needs a cache"),
+        (["So", "--stack", "quantize(bits=4) | gqa(1)"], "needs dense weights"),
+        (["So", "--stack", "cache_kv() | cache_kv()"], "has a cache already"),
+        (["So", "--stack", "speculative(self_draft())"], "needs a cache"),
+    ],
+    ids=str,
+)
+def test_what_a_real_model_cannot_serve_costs_one_line_that_says_what_why_and_the_fix(
+    smollm2: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.setattr(ip, "load", lambda name, dtype: smollm2, raising=False)
+    assert cli.main(["generate", "smollm2-135m", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("infopt: ")
+    assert err.count("\n") == 1
+    assert message in err
+    assert "; why: " in err
+    assert "; fix: " in err
+
+
 @pytest.mark.parametrize(
     "arguments", [[], ["generat"], ["generate"], ["generate", "m", "p", "--seed", "x"], ["matrix", "--depth", "many"]]
 )

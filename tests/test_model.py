@@ -370,12 +370,19 @@ def test_bfloat16_params_keep_to_bfloat16() -> None:
         (jnp.zeros((3, 3), jnp.int32), "B = 2"),
         (jnp.zeros(3, jnp.int32), r"int32\[3\]"),
         (jnp.zeros((2, 9), jnp.int32), "9 tokens at once"),
+        (jnp.full((2, 3), 29, jnp.int32), "token 29 is outside the vocabulary of 29"),
+        (jnp.full((2, 3), -1, jnp.int32), "token -1 is outside"),
     ],
-    ids=["floats", "batch", "rank", "long"],
+    ids=["floats", "batch", "rank", "long", "unknown", "negative"],
 )
 def test_tokens_that_do_not_fit_the_state_are_refused(tokens: Any, says: str) -> None:
     with pytest.raises(PromptError, match=says):
         CACHED.apply(PARAMS, tokens, CACHED.init_state(2, 8))
+
+
+def test_what_lies_beyond_a_rows_count_may_be_anything() -> None:
+    tokens = jnp.asarray([[1, 2, -7], [3, 29, 29]], jnp.int32)
+    CACHED.apply(PARAMS, tokens, CACHED.init_state(2, 8), jnp.asarray([2, 1]))
 
 
 @pytest.mark.parametrize("args", [(0, 8), (2, 0), (2, 8, 0), (2, 49)], ids=str)

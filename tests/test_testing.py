@@ -55,12 +55,14 @@ class Liar(ip.Transform):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Sullen(Liar):
-    """Refuses without a way out."""
+    """Refuses without a reason, or without a way out."""
 
     name: ClassVar[str] = "sullen"
+    why: str = ""
+    fix: str = ""
 
     def check(self, spec):
-        raise ip.InfoptError("no.")
+        raise ip.InfoptError("no.", why=self.why, fix=self.fix)
 
 
 def test_a_transform_that_is_not_as_exact_as_it_says_fails():
@@ -68,9 +70,10 @@ def test_a_transform_that_is_not_as_exact_as_it_says_fails():
         testing.check_transform(Liar(), families=["llama"], partners=False)
 
 
-def test_a_refusal_without_a_fix_fails():
-    with pytest.raises(testing.Mismatch, match="without a fix"):
-        testing.check_transform(Sullen(), families=["llama"], partners=False)
+@pytest.mark.parametrize("said", [{"fix": "go away"}, {"why": "I will not"}])
+def test_a_refusal_without_a_reason_or_a_fix_fails(said: dict[str, str]):
+    with pytest.raises(testing.Mismatch, match="without a reason or a fix"):
+        testing.check_transform(Sullen(**said), families=["llama"], partners=False)
 
 
 def test_the_table_counts_what_was_seen():

@@ -33,10 +33,15 @@ def load(name_or_path: str | Path, dtype: str = "float32") -> tuple[Model, Param
     >>> load("model.gguf")
     Traceback (most recent call last):
     infopt.errors.CheckpointError: there is no file or folder 'model.gguf'.
+      why: a name with a slash or a file's ending is taken for a path.
       fix: check the path; for a model by name write infopt.load("smollm2-135m")
     """
     if dtype not in DTYPES:
-        raise CheckpointError(f"weights cannot be read as dtype={dtype!r}.", fix=nearest(str(dtype), list(DTYPES)))
+        raise CheckpointError(
+            f"weights cannot be read as dtype={dtype!r}.",
+            why="those are the types that weights are read to.",
+            fix=nearest(str(dtype), list(DTYPES)),
+        )
     checkpoint = _open(str(name_or_path), dtype)
     model = Model.of(
         FAMILIES[checkpoint.family], checkpoint.config, checkpoint.tokenizer, tuple(checkpoint.formats.items())
@@ -55,6 +60,7 @@ def _open(name: str, dtype: str) -> Checkpoint:
         if any(mark in name for mark in "/\\~") or path.suffix in (".gguf", ".safetensors", ".bin", ".json"):
             raise CheckpointError(
                 f"there is no file or folder {name!r}.",
+                why="a name with a slash or a file's ending is taken for a path.",
                 fix='check the path; for a model by name write infopt.load("smollm2-135m")',
             )
         from infopt.io import hub

@@ -245,7 +245,9 @@ def _common(f: File, arch: str) -> dict[str, Any]:
         },
     )
     if f.fields.get(f"{arch}.attention.causal") is False:
-        raise CheckpointError(f"{f.name} is not a model that writes text.", why="its attention looks ahead.")
+        raise CheckpointError(
+            f"{f.name} is not a model that writes text.", why="its attention looks ahead.", fix="use a decoder's file"
+        )
     heads, dim = number("attention.head_count"), number("embedding_length")
     kv_heads = f.fields.get(f"{arch}.attention.head_count_kv", heads)
     if isinstance(kv_heads, list) and len(set(kv_heads)) == 1:
@@ -253,6 +255,7 @@ def _common(f: File, arch: str) -> dict[str, Any]:
     if isinstance(kv_heads, list):
         raise CheckpointError(
             f"{f.name} has layers of different numbers of key/value heads.",
+            why="the layers' weights are stacked, so their shapes must agree.",
             fix="use a checkpoint whose layers are alike",
         )
     head_dim = number("attention.key_length", dim // max(heads, 1))
@@ -261,6 +264,7 @@ def _common(f: File, arch: str) -> dict[str, Any]:
             raise CheckpointError(
                 f"{f.name}: {arch}.{key} is {number(key)}, but its heads are {head_dim} wide.",
                 why="rotary positions over a part of a head are not computed here.",
+                fix="use a checkpoint of the plain architecture",
             )
     tokens = f.fields.get("tokenizer.ggml.tokens")
     embed = f.tensors.get("token_embd.weight")
@@ -284,6 +288,7 @@ def _refuse(f: File, arch: str, keys: dict[str, str]) -> None:
         if f.fields.get(f"{arch}.{key}"):
             raise CheckpointError(
                 f"{f.name} has {what} ({arch}.{key}), which are not computed here.",
+                why="without them every logit would be wrong.",
                 fix="use a checkpoint of the plain architecture",
             )
 
@@ -297,6 +302,7 @@ def _linear_factor(f: File, arch: str) -> float:
     if kind != "linear":
         raise CheckpointError(
             f"{f.name} stretches its positions by {kind!r}, which is not computed here.",
+            why="with plain positions every logit would be wrong.",
             fix="use a checkpoint with plain, linear (Gemma 3) or Llama 3 positions",
         )
     return factor
@@ -308,6 +314,7 @@ def _llama(f: File) -> LlamaConfig:
     if _linear_factor(f, "llama") != 1:
         raise CheckpointError(
             f"{f.name} divides its positions (llama.rope.scaling.factor); a Llama here does not.",
+            why="with plain positions every logit would be wrong.",
             fix="use a checkpoint with plain or Llama 3 positions",
         )
     scaling = _llama3_rope(f, theta, common["head_dim"]) if ROPE_FACTORS in f.tensors else None
@@ -333,6 +340,7 @@ def _llama3_rope(f: File, theta: float, head_dim: int) -> Llama3Rope | None:
             return Llama3Rope(factor=factor, low_freq_factor=1.0, high_freq_factor=4.0, original_context=int(context))
     raise CheckpointError(
         f"{f.name} stretches its rotary wavelengths ({ROPE_FACTORS}) in a way that is not Llama 3's.",
+        why="with factors of another kind every logit would be wrong.",
         fix="load the Hugging Face folder of this model, whose config.json says how",
     )
 
@@ -346,6 +354,7 @@ def _gemma3(f: File) -> Gemma3Config:
     if not isinstance(pattern, list) or not pattern or not all(isinstance(local, bool) for local in pattern):
         raise CheckpointError(
             f"{f.name}: its metadata 'gemma3.attention.sliding_window_pattern' is {pattern!r:.40}.",
+            why="it must be a period, or say of each layer whether it is local.",
             fix="fetch or convert the model again",
         )
     # The file has no key for the scale of queries. The 27B model alone does not divide by its heads' width.
@@ -444,6 +453,7 @@ def open_checkpoint(path: Path, dtype: str) -> Checkpoint:
         except (NotImplementedError, ValueError) as error:
             raise CheckpointError(
                 f"{f.name}: {name} is stored as {t.type.name}, which cannot be dequantised.",
+                why="the gguf package has no values for that type.",
                 fix="use a file quantised otherwise, such as Q8_0",
             ) from error
 

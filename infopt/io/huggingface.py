@@ -107,6 +107,7 @@ def _common(c: _Json, tied: bool) -> dict[str, Any]:
     if c.values.get("quantization_config"):
         raise CheckpointError(
             f"{c.where}: the weights are quantised (quantization_config).",
+            why="their packing is not known here.",
             fix="use the float checkpoint, and quantize(...) here; or a GGUF file",
         )
     heads = c.get("num_attention_heads", int)
@@ -174,6 +175,7 @@ def _gemma3(c: _Json) -> Gemma3Config:
         if len(kinds) != common["layers"] or not {*kinds} <= {"sliding_attention", "full_attention"}:
             raise CheckpointError(
                 f"{c.where}: layer_types does not name one of the two known kinds for each layer.",
+                why="a layer sees either all positions or a window of them.",
                 fix="use a checkpoint of the plain architecture",
             )
         layers = [kind == "sliding_attention" for kind in kinds]
@@ -220,7 +222,11 @@ def _open_shards(folder: Path) -> dict[str, Any]:
     if index.exists():
         where = _read_json(index).get("weight_map", dict)
         if not all(isinstance(shard, str) and Path(shard).name == shard for shard in where.values()):
-            raise CheckpointError(f"{index} names files outside its folder.", fix="fetch the model again")
+            raise CheckpointError(
+                f"{index} names files outside its folder.",
+                why="a checkpoint does not get to read the rest of the disk.",
+                fix="fetch the model again",
+            )
         files = sorted(set(where.values()))
     else:
         files = ["model.safetensors"]
@@ -228,7 +234,7 @@ def _open_shards(folder: Path) -> dict[str, Any]:
             other = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".pt", ".gguf"))
             raise CheckpointError(
                 f"{folder} has neither model.safetensors nor {index.name}.",
-                why=f"it has {', '.join(other[:3])}." if other else "",
+                why=f"it has {', '.join(other[:3])}." if other else "there are no weights.",
                 fix="give the path of the .gguf file itself"
                 if any(".gguf" in p for p in other)
                 else "save the model with save_pretrained(..., safe_serialization=True)",
@@ -280,6 +286,7 @@ def open_checkpoint(folder: Path, dtype: str) -> Checkpoint:
         ggufs = sorted(folder.glob("*.gguf"))
         raise CheckpointError(
             f"{folder} has no config.json.",
+            why="it names the architecture and its sizes.",
             fix=f"infopt.load({str(ggufs[0])!r})"
             if ggufs
             else "give a Hugging Face folder, a .gguf file or a model's name",

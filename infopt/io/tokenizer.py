@@ -92,17 +92,20 @@ class Tokenizer:
             if left not in vocab or right not in vocab or left + right not in vocab:
                 raise CheckpointError(
                     f"{where} joins {left!r} and {right!r} to a token outside its vocabulary.",
+                    why="a merge must give a token.",
                     fix="fetch or convert the model again",
                 )
         if len(vocab) != len(tokens) or (types and len(types) != len(tokens)):
             raise CheckpointError(
                 f"{where} has a damaged vocabulary: {len(tokens)} tokens, {len(vocab)} of them "
                 f"different, and {len(types)} types.",
+                why="each token has one id and one type.",
                 fix="fetch or convert the model again",
             )
         if bad := [i for i in (*([bos] if bos is not None else []), *eos_ids) if not 0 <= i < len(tokens)]:
             raise CheckpointError(
                 f"{where} starts or ends a text with token {bad[0]}, but has {len(tokens)} tokens.",
+                why="no such token exists.",
                 fix="fetch or convert the model again",
             )
         backend = tokenizers.Tokenizer(
@@ -136,6 +139,7 @@ class Tokenizer:
             what = "a lone surrogate" if isinstance(text, str) else f"a {type(text).__name__}"
             raise PromptError(
                 f"a prompt must be Unicode text, not {what}.",
+                why="a tokenizer reads the UTF-8 bytes of a text.",
                 fix="text.encode('utf-8', 'replace').decode() replaces what is not",
             ) from error
 

@@ -47,7 +47,11 @@ class Gemma3Config(Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.pattern:
-            raise InfoptError("Gemma3Config: pattern=() names no layer.", fix="pattern=(True, False), say")
+            raise InfoptError(
+                "Gemma3Config: pattern=() names no layer.",
+                why="it says which layers of a period see all positions.",
+                fix="pattern=(True, False), say",
+            )
         object.__setattr__(self, "pattern", tuple(map(bool, self.pattern)))
 
     @property

@@ -66,7 +66,9 @@ class Transform(abc.ABC):
     def __call__(self, model: Model) -> Model:
         if not isinstance(model, Model):
             raise InfoptError(
-                f"{self!r} was given a {type(model).__name__}.", fix="a model: model, params = ip.load(...)"
+                f"{self!r} was given a {type(model).__name__}.",
+                why="a transform maps a Model to a Model.",
+                fix="a model: model, params = ip.load(...)",
             )
         for step in self.steps:
             if model.spec.program is not None:
@@ -140,6 +142,7 @@ def compose(*transforms: Transform) -> Transform:
         if not isinstance(t, Transform):
             raise InfoptError(
                 f"compose was given {t!r}, which is not a transform.",
+                why="it composes functions from Model to Model.",
                 fix="call the factory: cache_kv(), not cache_kv" if callable(t) else "transforms only",
             )
     return Compose(tuple(step for t in transforms for step in t.steps))
@@ -181,6 +184,8 @@ def whole(name: str, value: Any, least: int) -> int:
     number = operator.index(value) if hasattr(value, "__index__") and not isinstance(value, bool) else -1
     if not least <= number < 2**30:
         raise InfoptError(
-            f"{name}={value!r} is not a whole number >= {least} (and below 2**30).", fix=f"{name}={max(least, 1)}, say"
+            f"{name}={value!r} is not a whole number >= {least} (and below 2**30).",
+            why="it counts things, and indices are 32-bit.",
+            fix=f"{name}={max(least, 1)}, say",
         )
     return number

@@ -52,5 +52,9 @@ def cache_kv(bits: int | None = None) -> CacheKV:
     160
     """
     if bits not in (None, 8) or isinstance(bits, float | bool):
-        raise InfoptError(f"cache_kv(bits={bits!r}) is not a codec.", fix="bits=None or bits=8")
+        raise InfoptError(
+            f"cache_kv(bits={bits!r}) is not a codec.",
+            why="keys and values are stored as they are, or in 8 bits.",
+            fix="bits=None or bits=8",
+        )
     return CacheKV(bits)

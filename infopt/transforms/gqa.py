@@ -37,6 +37,7 @@ class GQA(Transform):
         if len(names) != 2 * spec.config.layers:
             raise InfoptError(
                 f"{self!r}: {spec.family} has no separate key and value projections in every layer.",
+                why="pooling heads averages their rows of those weights.",
                 fix="name them layers.<i>.attn.k and layers.<i>.attn.v",
             )
         need_dense(self, spec, names, "pooling rounded heads differs from rounding pooled heads.")

@@ -38,26 +38,41 @@ def parse_stack(text: str) -> Transform:
     gqa(kv_heads=1) | cache_kv()
     """
     if not isinstance(text, str):
-        raise StackSyntaxError(f"a stack's text is a {type(text).__name__}.", fix=f"a text, as {_EXAMPLE!r}")
+        raise StackSyntaxError(
+            f"a stack's text is a {type(text).__name__}.",
+            why="a stack is read from characters.",
+            fix=f"a text, as {_EXAMPLE!r}",
+        )
     if not text.strip():
         return compose()
     if len(text) > 2000:
-        raise StackSyntaxError(f"a stack's text of {len(text)} characters.", fix="at most 2000")
+        raise StackSyntaxError(
+            f"a stack's text of {len(text)} characters.",
+            why="no stack is that long, and parsing takes memory.",
+            fix="at most 2000",
+        )
     try:
         tree = ast.parse(" ".join(text.split()), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
         raise StackSyntaxError(
             f"cannot read the stack {text!r}: {e.args[0] if e.args else 'too deep'}.",
+            why="its brackets, commas and quotes must be those of Python calls.",
             fix=f"transforms joined by |, as in {_EXAMPLE!r}",
         ) from None
     try:
         result = _read(tree)
     except RecursionError:
         raise StackSyntaxError(
-            f"the stack {text[:40]!r}... is nested too deep.", fix=f"transforms joined by |, as in {_EXAMPLE!r}"
+            f"the stack {text[:40]!r}... is nested too deep.",
+            why="parsing takes memory at each level.",
+            fix=f"transforms joined by |, as in {_EXAMPLE!r}",
         ) from None
     if not isinstance(result, Transform):
-        raise StackSyntaxError(f"{text!r} is not a transform.", fix=f"transforms joined by |, as in {_EXAMPLE!r}")
+        raise StackSyntaxError(
+            f"{text!r} is not a transform.",
+            why="a stack is one transform, or several in a row.",
+            fix=f"transforms joined by |, as in {_EXAMPLE!r}",
+        )
     return result
 
 
@@ -67,38 +82,59 @@ def _read(node: ast.expr) -> Any:
         for side in sides:
             if not isinstance(side, Transform):
                 raise StackSyntaxError(
-                    f"{side!r} is not a transform.", fix=f"transforms joined by |, as in {_EXAMPLE!r}"
+                    f"{side!r} is not a transform.",
+                    why="| joins transforms.",
+                    fix=f"transforms joined by |, as in {_EXAMPLE!r}",
                 )
         return compose(*sides)
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
         return _call(node.func.id, node)
     if isinstance(node, ast.Name):
-        raise StackSyntaxError(f"{node.id!r} in a stack's text is not a call.", fix=f"{node.id}(), or a literal value")
+        raise StackSyntaxError(
+            f"{node.id!r} in a stack's text is not a call.",
+            why="only a factory's call makes a transform.",
+            fix=f"{node.id}(), or a literal value",
+        )
     try:
         return ast.literal_eval(node)
     except (ValueError, TypeError):
         raise StackSyntaxError(
             f"{ast.unparse(node)[:60]!r} is code, and a stack's text is not evaluated.",
+            why="a stack may come from a file or a stranger, so it is data.",
             fix=f"literal arguments only, as in {_EXAMPLE!r}",
         ) from None
 
 
 def _call(name: str, node: ast.Call) -> Any:
     if name not in FACTORIES:
-        raise StackSyntaxError(f"{name!r} is not a transform.", fix=nearest(name, list(FACTORIES)))
+        raise StackSyntaxError(
+            f"{name!r} is not a transform.",
+            why="a stack's text calls only the factories that are known by name.",
+            fix=nearest(name, list(FACTORIES)),
+        )
     factory = FACTORIES[name]
     if any(isinstance(a, ast.Starred) for a in node.args) or any(k.arg is None for k in node.keywords):
-        raise StackSyntaxError(f"{name}(...) unpacks with *.", fix="write the arguments out")
+        raise StackSyntaxError(
+            f"{name}(...) unpacks with *.", why="a text names no variables to unpack.", fix="write the arguments out"
+        )
     if len({k.arg for k in node.keywords}) < len(node.keywords):
-        raise StackSyntaxError(f"{name}(...) gives an argument twice.", fix="leave one of the two out")
+        raise StackSyntaxError(
+            f"{name}(...) gives an argument twice.",
+            why="one of the two values would be lost.",
+            fix="leave one of the two out",
+        )
     args = [_read(a) for a in node.args]
     kwargs = {str(k.arg): _read(k.value) for k in node.keywords}
     try:
         inspect.signature(factory).bind(*args, **kwargs)
     except TypeError as e:
         signature = ", ".join(str(p).split(":")[0] for p in inspect.signature(factory).parameters.values())
-        raise StackSyntaxError(f"{name}: {e}.", fix=f"{name}({signature})") from None
+        raise StackSyntaxError(
+            f"{name}: {e}.", why="the call does not fit the factory's arguments.", fix=f"{name}({signature})"
+        ) from None
     try:
         return factory(*args, **kwargs)
     except TypeError as e:
-        raise StackSyntaxError(f"{name}: {e}.", fix=f"see help(infopt.{name})") from None
+        raise StackSyntaxError(
+            f"{name}: {e}.", why="a value of another type was expected.", fix=f"see help(infopt.{name})"
+        ) from None

@@ -96,12 +96,18 @@ def quantize(bits: int = 8, group: int | None = None, where: str | None = None) 
     Format(name='int4', group=32, scale='float16')
     """
     if bits not in (4, 8) or isinstance(bits, float | bool):
-        raise InfoptError(f"quantize(bits={bits!r}) is not a format.", fix="bits=8 or bits=4")
+        raise InfoptError(
+            f"quantize(bits={bits!r}) is not a format.",
+            why="those are the formats that bits can name.",
+            fix="bits=8 or bits=4",
+        )
     if group is not None:
         whole("group", group, 2)
     if where is not None and not isinstance(where, str):
         raise InfoptError(
-            f"quantize(where={where!r}) is not a pattern.", fix="one text, as 'layers.*.mlp.*'; several: stack quantize"
+            f"quantize(where={where!r}) is not a pattern.",
+            why="it is compared with each weight's name.",
+            fix="one text, as 'layers.*.mlp.*'; several: stack quantize",
         )
     transform = Quantize(bits, group, where)
     _ = transform.format

@@ -37,7 +37,9 @@ class SlidingWindow(Transform):
         chosen = self.chosen(spec)
         if beyond := sorted(chosen - set(range(spec.config.layers))):
             raise InfoptError(
-                f"{self!r}: there is no layer {beyond[0]}.", fix=f"layers from 0 to {spec.config.layers - 1}"
+                f"{self!r}: there is no layer {beyond[0]}.",
+                why="a rule that touches no layer is a mistake in it.",
+                fix=f"layers from 0 to {spec.config.layers - 1}",
             )
         for i in chosen:
             w = self.narrowed(spec.window[i])
@@ -74,11 +76,23 @@ def sliding_window(size: int, sinks: int = 0, layers: Sequence[int] | None = Non
     """
     sinks, size = whole("sinks", sinks, 0), whole("size", size, 1)
     if size < sinks:
-        raise InfoptError(f"sliding_window({size}, sinks={sinks}) keeps more sinks than it sees.", fix="sinks <= size")
+        raise InfoptError(
+            f"sliding_window({size}, sinks={sinks}) keeps more sinks than it sees.",
+            why="a sink's distance is kept below the window's size, and must differ from the next one's.",
+            fix="sinks <= size",
+        )
     if layers is not None:
         if isinstance(layers, int | str):
-            raise InfoptError(f"sliding_window(layers={layers!r}) is not a list of layers.", fix=f"layers=[{layers}]")
+            raise InfoptError(
+                f"sliding_window(layers={layers!r}) is not a list of layers.",
+                why="several layers may be named.",
+                fix=f"layers=[{layers}]",
+            )
         layers = tuple(sorted({whole("layers", i, 0) for i in layers}))
         if not layers:
-            raise InfoptError("sliding_window(layers=[]) names no layer.", fix="layers=None for all of them")
+            raise InfoptError(
+                "sliding_window(layers=[]) names no layer.",
+                why="it would change nothing.",
+                fix="layers=None for all of them",
+            )
     return SlidingWindow(size, sinks, layers)

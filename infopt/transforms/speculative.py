@@ -67,7 +67,11 @@ class Speculative(Transform):
             )
         draft = self.draft_spec(spec)
         if draft.program is not None:
-            raise InfoptError(f"{self!r}: the draft is speculative itself.", fix="a plain cached stack as the draft")
+            raise InfoptError(
+                f"{self!r}: the draft is speculative itself.",
+                why="a draft is asked for one token at a time.",
+                fix="a plain cached stack as the draft",
+            )
         if not draft.cache:
             raise InfoptError(
                 f"{self!r}: the draft has no cache.",
@@ -118,7 +122,9 @@ def self_draft(transform: Transform | None = None) -> SelfDraft:
     """
     if transform is not None and not isinstance(transform, Transform):
         raise InfoptError(
-            f"self_draft was given {transform!r}, which is not a transform.", fix="self_draft(quantize(bits=4)), say"
+            f"self_draft was given {transform!r}, which is not a transform.",
+            why="the draft is the model under a transform.",
+            fix="self_draft(quantize(bits=4)), say",
         )
     return SelfDraft(transform)
 
@@ -149,6 +155,7 @@ def speculative(draft: SelfDraft | Model, k: int = 4) -> Speculative:
     if not isinstance(draft, SelfDraft | Model):
         raise InfoptError(
             f"speculative was given {draft!r} as its draft.",
+            why="something must guess the next tokens.",
             fix="draft=self_draft(quantize(bits=4)), or a cached model",
         )
     return Speculative(draft, whole("k", k, 1))
