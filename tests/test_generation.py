@@ -438,9 +438,8 @@ SPECULATIVE: dict[str, tuple[ip.Model, Any, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize(
-    ("layout", "k"), [("linear", 1), ("linear", 4), ("ring", 2), ("ring", 5), ("paged", 3)], ids=str
-)
+@pytest.mark.parametrize("k", range(1, 6))
+@pytest.mark.parametrize("layout", SPECULATIVE)
 def test_speculation_gives_plain_decodings_tokens(layout: str, k: int) -> None:
     """Greedy and sampled rows together; a good draft, the model as its own draft, and one that is never right."""
     model, prompts, options = SPECULATIVE[layout]
@@ -456,7 +455,7 @@ def test_speculation_gives_plain_decodings_tokens(layout: str, k: int) -> None:
         if name == "good":
             assert 0.5 < out.acceptance <= 1
         if name == "hostile":
-            assert out.acceptance < 0.15
+            assert out.acceptance < 0.25, "by chance, in the sampled rows; the next test has greedy ones"
 
 
 def test_a_hostile_draft_is_never_right_about_greedy_tokens() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -105,3 +108,47 @@ def gemma3_gguf() -> Callable[..., GGUF]:
         )
 
     return make
+
+
+MEASURE = """
+import json, sys, threading, time
+import jax, infopt
+from infopt.io import load
+
+def anonymous():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
+
+before, peak, done = anonymous(), 0, False
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, anonymous())
+        time.sleep(0.002)
+thread = threading.Thread(target=watch)
+thread.start()
+model, params = load(sys.argv[1], sys.argv[2])
+jax.block_until_ready(params)
+done = True
+thread.join()
+print(json.dumps([max(peak, anonymous()) - before, sum(leaf.nbytes for leaf in jax.tree.leaves(params))]))
+"""
+
+
+@pytest.fixture
+def anonymous_memory() -> Callable[[Path, str], tuple[int, int]]:
+    """`anonymous_memory(path, dtype)`: bytes that loading took at its peak, above the import's, and the params' own."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("RssAnon is read from Linux's /proc")
+
+    def measure(path: Path, dtype: str) -> tuple[int, int]:
+        run = subprocess.run(
+            [sys.executable, "-c", MEASURE, str(path), dtype],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=Path(__file__).parents[2],
+        )
+        return tuple(json.loads(run.stdout))
+
+    return measure

@@ -60,6 +60,27 @@ def weights(folder: Path, dtype: str = "float32") -> Weights:
     return Weights.of(model.spec, params)
 
 
+@pytest.mark.parametrize(
+    ("stored", "dtype"),
+    [("bfloat16", "float32"), ("bfloat16", "bfloat16"), ("float32", "float32"), ("float32", "float16")],
+)
+def test_loading_takes_little_more_than_the_params(
+    stored: str, dtype: str, edited: Edit, anonymous_memory: Callable
+) -> None:
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "vocab_size": 8192, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 64}
+    axis = {32: 1024, 36: 4096, 173: 8192, 48: 1024, 24: 256}  # the fixture's sizes
+
+    def grow(tensors: dict[str, np.ndarray]) -> None:
+        for name, x in tensors.items():
+            tensors[name] = np.ones([axis[n] for n in x.shape], stored)
+
+    folder = edited("llama", config=lambda c: c.update(sizes | heads), tensors=grow)
+    anonymous, params = anonymous_memory(folder, dtype)
+    assert params > 50e6
+    assert anonymous <= 1.5 * params
+
+
 # -------------------------------------------------------------------------------------------------------------- values
 
 
