@@ -207,5 +207,12 @@ def test_arguments_of_the_wrong_sort_are_refused_by_a_library_error(text: str) -
 def test_an_error_is_its_what_why_and_fix_lines() -> None:
     with pytest.raises(StackSyntaxError) as e:
         ip.parse_stack("quantise(bits=8)")
-    assert str(e.value) == "'quantise' is not a transform.\n  fix: did you mean 'quantize' or 'dequantize'?"
-    assert e.value.one_line == "'quantise' is not a transform; fix: did you mean 'quantize' or 'dequantize'?"
+    assert str(e.value) == (
+        "'quantise' is not a transform.\n"
+        "  why: a stack's text calls only the factories that are known by name.\n"
+        "  fix: did you mean 'quantize' or 'dequantize'?"
+    )
+    assert e.value.one_line == (
+        "'quantise' is not a transform; why: a stack's text calls only the factories that are known by name; "
+        "fix: did you mean 'quantize' or 'dequantize'?"
+    )
