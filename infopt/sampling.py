@@ -89,7 +89,11 @@ class Sampling:
                     why="each row of the batch has its own value, or all have one.",
                     fix=f"one value, or {batch} of them",
                 )
-            if x.dtype.kind not in "biuf" or x.size == 0 or not np.all(np.isfinite(x.astype(float)) & ok(x)):
+            fits = x.dtype.kind in "biuf" and x.size > 0 and np.all(np.isfinite(x.astype(float)) & ok(x))
+            if fits:
+                with np.errstate(all="ignore"):  # a value may leave its range where it is rounded: the least top_p is 0
+                    fits = np.all(np.isfinite(x.astype(dtype)) & ok(x.astype(dtype)))
+            if not fits:
                 raise SamplingError(
                     f"{name}={given!r} is out of range.",
                     why=reasons[name],

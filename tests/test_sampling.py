@@ -257,6 +257,8 @@ def test_a_tiny_temperature_is_nearly_greedy() -> None:
         {"temperature": "hot"},
         {"temperature": None},
         {"top_p": 0},
+        {"top_p": 1e-46},
+        {"repetition_penalty": 1e-46},
         {"top_p": 1.5},
         {"top_p": -0.5},
         {"top_p": float("nan")},
