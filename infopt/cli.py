@@ -6,16 +6,19 @@ JAX and the rest of the library are imported inside the commands, so that `--hel
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import metadata
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from infopt.errors import InfoptError
 
@@ -89,8 +92,21 @@ def _version() -> str:
     return f"infopt {of('infopt')} (jax {of('jax')}, jaxlib {of('jaxlib')}, Python {python})"
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong with an option, as all errors here."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InfoptError(message, why="the command does not take it.", fix=f"see {self.prog} --help")
+
+
+def _count(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return value
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="infopt",
         description="Composable inference transforms for JAX: each stacks with each other, and says if it is exact.",
     )
@@ -166,7 +182,7 @@ def _add_matrix(commands: Any) -> None:
     families = ["llama", "gemma3"]
     parser.add_argument("--family", action="append", choices=families, help="may be repeated (default: both)")
     parser.add_argument("--depth", type=int, choices=[1, 2, 3], default=2, help="3: triples too (default: %(default)s)")
-    parser.add_argument("--processes", type=int, default=1, metavar="N", help="share the work out (default 1)")
+    parser.add_argument("--processes", type=_count, default=1, metavar="N", help="share the work out (default 1)")
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--write", metavar="FILE", help="write the table to FILE")
     group.add_argument("--check", metavar="FILE", help="exit 1 if FILE says otherwise than the tests saw")
@@ -180,21 +196,38 @@ def _add_bench(commands: Any) -> None:
         "--model", default="smollm2-135m", metavar="MODEL", help="as for generate (default: %(default)s)"
     )
     parser.add_argument(
-        "--repeats", type=int, default=5, metavar="N", help="a median is over N runs (default: %(default)s)"
+        "--repeats", type=_count, default=5, metavar="N", help="a median is over N runs (default: %(default)s)"
     )
     parser.add_argument("--json", action="store_true", help="one JSON object in place of a table")
 
 
-def _prepare_jax() -> None:
-    """Quiets what only JAX's own developers read, and keeps compiled programs from one start to the next."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    import jax
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Ctrl-C comes when the block is done: within an import it would come out as another error."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    heard: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: heard.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if heard:
+        signal.raise_signal(signal.SIGINT)
 
-    from infopt.io import hub
+
+def _prepare_jax(keep: bool = True) -> None:
+    """Quiets what only JAX's own developers read; with `keep`, keeps compiled programs from one start to the next."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    with _interrupts_held():
+        import jax
+
+        from infopt.io import hub
 
     logging.getLogger("jax").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation cache")
-    if os.environ.get("INFOPT_COMPILE_CACHE") == "0" or os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+    if not keep or os.environ.get("INFOPT_COMPILE_CACHE") == "0" or os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return
     jax.config.update("jax_compilation_cache_dir", str(hub.cache_folder() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
@@ -203,6 +236,8 @@ def _prepare_jax() -> None:
 def _generate(args: argparse.Namespace) -> int:
     if args.logprobs and not args.json:
         return _fail("--logprobs prints nothing without --json; fix: add --json")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # the tokenizer says what is wrong with it
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 is no reason to fail
@@ -298,7 +333,7 @@ def _matrix(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    _prepare_jax()
+    _prepare_jax(keep=False)  # compile seconds are of a first compilation
     from infopt import bench
 
     return bench.main(args)

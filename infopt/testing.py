@@ -14,6 +14,7 @@ import hashlib
 import itertools
 import multiprocessing
 import os
+import signal
 import sys
 import time
 import zlib
@@ -406,9 +407,16 @@ def matrix(family: str, depth: int, processes: int = 2) -> list[Outcome]:
     flags = os.environ.get("XLA_FLAGS")
     os.environ["XLA_FLAGS"] = f"{flags or ''} {cheap_compilation()}"  # read by the processes when they start
     try:
-        with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-            shares = [pool.submit(_share, family, depth, (i, processes)) for i in range(processes)]
-            return [outcome for share in shares for outcome in share.result()]
+        # Ctrl-C is the parent's to hear: it ends the others
+        ignore = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}
+        with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"), **ignore) as pool:
+            try:
+                shares = [pool.submit(_share, family, depth, (i, processes)) for i in range(processes)]
+                return [outcome for share in shares for outcome in share.result()]
+            except BaseException:
+                for child in multiprocessing.active_children():
+                    child.terminate()
+                raise
     finally:
         os.environ.pop("XLA_FLAGS")
         if flags is not None:

@@ -214,13 +214,47 @@ def test_what_a_real_model_cannot_serve_costs_one_line_that_says_what_why_and_th
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["generat"], ["generate"], ["generate", "m", "p", "--seed", "x"], ["matrix", "--depth", "many"]]
+    "arguments",
+    [
+        [],
+        ["generat"],
+        ["generate"],
+        ["generate", "m", "p", "--seed", "x"],
+        ["matrix", "--depth", "many"],
+        ["matrix", "--processes", "0"],
+        ["bench", "generate", "--repeats", "0"],
+    ],
+    ids=str,
 )
-def test_misused_option_exits_2(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        cli.main(arguments)
-    assert caught.value.code == 2
-    assert "usage: infopt" in capsys.readouterr().err
+def test_misused_option_costs_one_line_and_exit_code_2(
+    capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    assert cli.main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert "; why: " in err
+    assert "--help" in err
+
+
+def test_prompt_that_is_no_text_is_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "prompt").write_bytes(b"caf\xe9")
+    with open(tmp_path / "prompt", "rb") as stdin:
+        done = python(
+            "-m", "infopt", "generate", "smollm2-135m", "-", stdin=stdin,
+            env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"},
+        )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "Unicode" in done.stderr
+
+
+def test_interrupt_within_an_import_waits_for_its_end() -> None:
+    done = []
+    with pytest.raises(KeyboardInterrupt), cli._interrupts_held():
+        signal.raise_signal(signal.SIGINT)
+        done.append(True)
+    assert done
 
 
 def test_error_of_the_disk_is_one_line_too(
