@@ -18,6 +18,7 @@ from infopt.errors import ParamsError, PromptError, SamplingError
 from infopt.generation import BUCKETS, compiled
 from infopt.model import Weights
 from infopt.reference import reference
+from infopt.sampling import Sampling
 
 VOCAB, DIM, CONTEXT = 32, 32, 256
 BARE = ip.models.llama(
@@ -158,6 +159,26 @@ def test_compilations_are_bounded_whatever_prompts_and_options() -> None:
     again = ip.generate(model, PARAMS, [3, 4, 5], max_new=4, max_len=200, logprobs=True, min_p=0.1)
     assert again.compile_seconds == 0
     assert (prefill.compilations, rounds.compilations) == (len(BUCKETS), 1)
+
+
+def test_lengths_double_so_that_few_are_compiled() -> None:
+    """Twelve lengths of prompt, and no length of the state asked for: 64, 128 and 256 slots serve them all."""
+    model = ip.sliding_window(199)(CACHED)
+    prefill, rounds = compiled(model.spec)
+    for n in (1, 3, 20, 33, 58, 61, 70, 90, 110, 126, 130, 200):
+        ip.generate(model, PARAMS, (np.arange(n) % VOCAB).tolist(), max_new=4)
+    assert rounds.compilations == 3
+    assert prefill.compilations <= 3 * len(BUCKETS)
+
+
+def test_the_state_is_donated_to_each_call() -> None:
+    prefill, rounds = compiled(CACHED.spec)
+    state = CACHED.init_state(1, 64, chunk=64)
+    read = prefill(PARAMS, jnp.zeros((1, 8), jnp.int32), state, jnp.asarray([3], jnp.int32))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.kv))
+    some = jnp.asarray([2], jnp.int32)
+    rounds(PARAMS, some, read, Sampling.of(1), some, jnp.full(8, -2, jnp.int32), jnp.int32(1))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(read.kv))
 
 
 def test_the_number_of_stop_tokens_compiles_nothing() -> None:
