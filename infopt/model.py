@@ -18,7 +18,7 @@ from infopt.cache import Layout, State
 from infopt.errors import InfoptError, ParamsError, PromptError, nearest
 from infopt.qtensor import Format, is_qtensor, quantize_array
 from infopt.sampling import Sampling, sample
-from infopt.spec import Config, Llama3Rope, Recipe, Spec, Speculation, Window
+from infopt.spec import ROPE_SCALINGS, Config, Recipe, Spec, Speculation, Window
 from infopt.typing import Array, Params, is_traced
 
 if TYPE_CHECKING:
@@ -53,9 +53,10 @@ class Family:
     name: str
     config: type[Config]
     init: Callable[[Any, Array], dict[str, Array]]
-    embed: Callable[[Any, Params, Array], Array]
+    embed: Callable[[Any, Params, Array, Array], Array]
     block: Callable[..., tuple[Array, Any]]
     final: Callable[[Any, Params, Array], Array]
+    logits: Callable[[Any, Array], Array] | None = None
 
 
 FAMILIES: dict[str, Family] = {}
@@ -69,6 +70,7 @@ def define(
     embed: Callable[..., Array],
     block: Callable[..., tuple[Array, Any]],
     final: Callable[..., Array],
+    logits: Callable[..., Array] | None = None,
 ) -> Family:
     """Join a family to the library: afterwards every transform works on it.
 
@@ -77,11 +79,12 @@ def define(
       config: a frozen dataclass, a subclass of `Config`.
       init: `(config, key) -> {logical name: weight}`. A layer's weights are named `layers.<i>.<name>`; matrices are
         `[out, in]`; the embedding is `embed` `[V, D]`; an untied head is `head` `[V, D]`.
-      embed: `(config, params, tokens[B, T]) -> x[B, T, D]`.
+      embed: `(config, params, tokens[B, T], positions[B, T]) -> x[B, T, D]`.
       block: `(config, phase, p, x, layer, attend, cache) -> (x, cache)`, one layer. `p[name]` is a stack of the
         weights `layers.*.name` and `layer` an index for `ops.linear(x, p[name], layer)`; `phase` is the layer's place
         in the config's period.
       final: `(config, params, x) -> hidden`, what the head reads.
+      logits: `(config, logits) -> logits`, float32: a soft-cap, say; nothing by default.
 
     Returns:
       The family; `Model.of(family, config)` is a model.
@@ -92,7 +95,7 @@ def define(
             why="the name goes into saved Specs and error messages.",
             fix="a name like a Python identifier",
         )
-    family = Family(name, config, init, embed, block, final)
+    family = Family(name, config, init, embed, block, final, logits)
     FAMILIES[name] = family
     build.cache_clear()
     _abstract.cache_clear()
@@ -346,10 +349,11 @@ def _check_weight(name: str, x: Any, shape: tuple[int, ...], fmt: Format | None,
             why="they are the params of another stack, or were never converted.",
             fix=fix,
         )
-    if x.format != fmt or x.shape != shape or tuple(x.codes.shape[: -len(shape)]) != leading:
+    *_, rows, width = shape  # experts stand before a matrix's two axes
+    found = (*x.codes.shape[:-2], *x.shape)
+    if x.format != fmt or x.shape != (rows, width) or found != (*leading, *shape):
         raise ParamsError(
-            f"{name} is {x.format} of {tuple(x.codes.shape[: -len(shape)]) + x.shape}, "
-            f"but this stack needs {fmt} of {(*leading, *shape)}.",
+            f"{name} is {x.format} of {found}, but this stack needs {fmt} of {(*leading, *shape)}.",
             why="they are the params of another model or stack.",
             fix=fix,
         )
@@ -544,7 +548,7 @@ def _build_plain(spec: Spec) -> Functions:
         )
 
     def run(params: Params, tokens: Array, context: ops.Context, state: State | None) -> tuple[Array, Any]:
-        x = family.embed(config, params, tokens)
+        x = family.embed(config, params, tokens, context.positions)
         caches: list[Any] = []
         for n, (seg, stacks) in enumerate(zip(segments(spec), params["segments"], strict=True)):
             attends: list[Attend] = []
@@ -612,7 +616,8 @@ def _build_plain(spec: Spec) -> Functions:
     def head(params: Params, hidden: Array) -> Array:
         """`[..., D] -> [..., V]`, float32."""
         table = params["head"] if "head" in params else params["embed"]
-        return ops.linear(hidden, table).astype(jnp.float32)
+        logits = ops.linear(hidden, table).astype(jnp.float32)
+        return logits if family.logits is None else family.logits(config, logits)
 
     def apply(params: Params, tokens: Array, state: State | None = None, count: Array | None = None):
         """Logits `[B, T, V]` of the tokens appended, and the new state; without a state, of a fresh one."""
@@ -708,7 +713,8 @@ def _build_speculative(spec: Spec, program: Speculation) -> Functions:
 def context_limit(spec: Spec) -> int | None:
     """The longest text that a stack and its draft can read; None where every layer has a window within the context."""
     context = spec.config.context
-    own = [context] if any(w is None or w.size > context for w in spec.window) else []
+    bounded = spec.config.learned_positions or any(w is None or w.size > context for w in spec.window)
+    own = [context] if bounded else []
     draft = context_limit(spec.program.draft) if spec.program else None
     return min(own + ([] if draft is None else [draft]), default=None)
 
@@ -719,9 +725,15 @@ def check_length(spec: Spec, length: int, what: str = "", fix: str = "") -> None
     if limit is not None and length > limit:
         raise PromptError(
             f"{what or f'{length} tokens'} exceed the model's context of {limit}.",
-            why="some layers see all of the text, at distances that they were not trained on.",
+            why="its positions are rows of a table, which has no more."
+            if spec.config.learned_positions
+            else "some layers see all of the text, at distances that they were not trained on.",
             fix=(fix or f"at most {limit} tokens")
-            + f", or sliding_window({max(limit // 2, 1)}, sinks=4) to go on for ever",
+            + (
+                ""
+                if spec.config.learned_positions
+                else f", or sliding_window({max(limit // 2, 1)}, sinks=4) to go on for ever"
+            ),
         )
 
 
@@ -889,8 +901,10 @@ def spec_from_json(text: str) -> Spec:
 
     def spec(x: Any) -> Spec:
         config: dict[str, Any] = {k: hashable(v) for k, v in x["config"].items()}
-        if config.get("rope_scaling"):
-            config["rope_scaling"] = Llama3Rope(**config["rope_scaling"])
+        if scaling := config.get("rope_scaling"):
+            config["rope_scaling"] = ROPE_SCALINGS[scaling["kind"]](
+                **{k: hashable(v) for k, v in scaling.items() if k != "kind"}
+            )
         if x["family"] not in FAMILIES:
             raise InfoptError(
                 f"no family named {x['family']!r} is defined here.",

@@ -16,17 +16,22 @@ import numpy as np
 from infopt import cache as kv
 from infopt.masks import allowed, sink_query_position
 from infopt.qtensor import Format, _no_gradient, dequantize_array, is_qtensor, planes, round_trip, split_planes
-from infopt.spec import Llama3Rope, Window
+from infopt.spec import LinearRope, Llama3Rope, RopeScaling, TableRope, Window, YarnRope
 from infopt.typing import Array, Float, Int
 
 Rope = Callable[[Array, Array], Array]
 
 
 def _at(w: Any, layer: Any) -> Any:
-    """One layer of a stack; the weight itself where `layer` is None."""
-    if layer is None:
-        return w
-    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, layer, 0, keepdims=False), w)
+    """One layer of a stack; the weight itself where `layer` is None. A tuple indexes several axes, its Nones none."""
+    index = tuple(i for i in (layer if isinstance(layer, tuple) else (layer,)) if i is not None)
+
+    def slice_(leaf: Array) -> Array:
+        rest = leaf.shape[len(index) :]
+        start = (*index, *(0 for _ in rest))
+        return jax.lax.dynamic_slice(leaf, start, (*(1 for _ in index), *rest)).reshape(rest)
+
+    return jax.tree.map(slice_, w) if index else w
 
 
 _LOOPS_IN_PLACE = jaxlib.version.__version_info__ < (0, 11)
@@ -44,19 +49,21 @@ def _product(x: Array, w: Array, in_place: bool) -> Array:
     return jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())))
 
 
-def linear(x: Float[Array, "*B I"], weights: Any, layer: Any = None) -> Any:
+def linear(x: Float[Array, "*B I"], weights: Any, layer: Any = None, bias: Any = None) -> Any:
     """x @ w.T, for a weight `[O, I]` dense or packed, or for a tuple of weights that share their input.
 
     Args:
       x: `[..., I]`.
       weights: an array or QTensor, or a tuple of them; with `layer`, stacks `[L, O, I]`.
-      layer: which layer of the stacks; None where `weights` is one layer.
+      layer: which layer of the stacks, or (layer, expert) of `[L, E, O, I]`; None where `weights` is one layer.
+      bias: added to it, `[O]` or stacks `[L, O]`; a tuple where `weights` is one.
 
     Returns:
       `[..., O]`, or a tuple of them.
     """
     if isinstance(weights, tuple):
-        return tuple(linear(x, w, layer) for w in weights)
+        biases = (None,) * len(weights) if bias is None else bias
+        return tuple(linear(x, w, layer, b) for w, b in zip(weights, biases, strict=True))
     w = _at(weights, layer)
     rows = x.reshape(-1, x.shape[-1])
     if is_qtensor(w):
@@ -66,6 +73,8 @@ def linear(x: Float[Array, "*B I"], weights: Any, layer: Any = None) -> Any:
         y = functools.reduce(jnp.add, (_product(a, b.astype(x.dtype), in_place) for a, b in parts))
     else:
         y = _product(rows, w.astype(x.dtype), _LOOPS_IN_PLACE)
+    if bias is not None:
+        y = y + jnp.broadcast_to(_at(bias, layer).astype(x.dtype), y.shape)
     return y.reshape(*x.shape[:-1], -1)
 
 
@@ -85,6 +94,31 @@ def rms_norm(x: Float[Array, "*B D"], weight: Any, layer: Any, eps: float, offse
     return (y * jnp.broadcast_to(w, y.shape)).astype(x.dtype)
 
 
+def layer_norm(x: Float[Array, "*B D"], weight: Any, bias: Any, layer: Any, eps: float) -> Float[Array, "*B D"]:
+    """(x - mean) / sqrt(variance + eps) * weight + bias, in float32 (Ba et al. 2016)."""
+    y = x.astype(jnp.float32)
+    y = y - jnp.mean(y, -1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + eps)
+    w, b = (jnp.broadcast_to(_at(u, layer).astype(jnp.float32), y.shape) for u in (weight, bias))
+    return (y * w + b).astype(x.dtype)
+
+
+def route(x: Float[Array, "*B D"], router: Any, layer: Any, k: int, normalise: bool) -> Float[Array, "*B E"]:
+    """The share of each expert in each token: a softmax over all, of which the k likeliest stay (Jiang et al. 2024).
+
+    Args:
+      x: `[..., D]`.
+      router: `[E, D]`, or with `layer` stacks of it.
+      k: experts a token.
+      normalise: whether the shares that stay are divided by their sum.
+    """
+    shares = jax.nn.softmax(linear(x, router, layer).astype(jnp.float32), -1)
+    top, chosen = jax.lax.top_k(shares, k)
+    if normalise:
+        top = top / jnp.sum(top, -1, keepdims=True)
+    return jnp.sum(jax.nn.one_hot(chosen, shares.shape[-1], dtype=jnp.float32) * top[..., None], -2)
+
+
 def split_heads(x: Float[Array, "B T HD"], width: int) -> Float[Array, "B T H D"]:
     return x.reshape(*x.shape[:-1], -1, width)
 
@@ -93,14 +127,32 @@ def join_heads(x: Float[Array, "B T H D"]) -> Float[Array, "B T HD"]:
     return x.reshape(*x.shape[:-2], -1)
 
 
-def rope_frequencies(width: int, theta: float, scaling: Llama3Rope | None = None, factor: float = 1.0) -> np.ndarray:
+def rope_frequencies(width: int, theta: float, scaling: RopeScaling | None = None) -> np.ndarray:
     """Radians a position for each pair of a head's values, `[D / 2]`, float32."""
-    f = theta ** (-np.arange(0, width, 2, dtype=np.float64) / width) / factor
-    if scaling is not None:
-        turns = scaling.original_context * f / (2 * math.pi)
-        blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-        blend = np.clip(blend, 0.0, 1.0)
-        f = f * blend + f / scaling.factor * (1 - blend)
+    f = theta ** (-np.arange(0, width, 2, dtype=np.float64) / width)
+    match scaling:
+        case LinearRope():
+            f = f / scaling.factor
+        case TableRope():
+            f = f / np.asarray(scaling.divisors)
+        case Llama3Rope():
+            turns = scaling.original_context * f / (2 * math.pi)
+            blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+            blend = np.clip(blend, 0.0, 1.0)
+            f = f * blend + f / scaling.factor * (1 - blend)
+        case YarnRope():
+            # the pair, as a real number, that turns so often within the original context
+            first, last = (
+                width * math.log(scaling.original_context / (turns * 2 * math.pi)) / (2 * math.log(theta))
+                for turns in (scaling.beta_fast, scaling.beta_slow)
+            )
+            if scaling.truncate:
+                first, last = math.floor(first), math.ceil(last)
+            first, last = max(first, 0), min(last, width - 1)
+            slowed = np.clip((np.arange(width // 2) - first) / max(last - first, 1e-3), 0.0, 1.0)
+            f = f * (1 - slowed) + f / scaling.factor * slowed
+        case None:
+            pass
     return f.astype(np.float32)
 
 
@@ -109,8 +161,8 @@ def rope(
     positions: Int[Array, "B T"],
     theta: float,
     *,
-    scaling: Llama3Rope | None = None,
-    factor: float = 1.0,
+    scaling: RopeScaling | None = None,
+    width: int | None = None,
 ) -> Float[Array, "B T H D"]:
     """Turn each pair (x[i], x[i + D/2]) by position * theta ** (-2i / D) (Su et al. 2021, "RoFormer", eq. 34).
 
@@ -118,14 +170,16 @@ def rope(
       x: queries or keys.
       positions: absolute positions.
       theta: base of the wavelengths.
-      scaling: Llama 3's stretch of the long ones.
-      factor: positions are divided by it.
+      scaling: how wavelengths are stretched.
+      width: the first so many values of a head are turned, the others stay; all of them by default.
     """
-    f = jnp.asarray(rope_frequencies(x.shape[-1], theta, scaling, factor))
+    width = x.shape[-1] if width is None else width
+    f = jnp.asarray(rope_frequencies(width, theta, scaling))
     angle = positions.astype(jnp.float32)[:, :, None, None] * f.reshape(1, 1, 1, -1)
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    a, b = jnp.split(x.astype(jnp.float32), 2, -1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
+    size = jnp.float32(getattr(scaling, "attention_factor", 1.0))
+    cos, sin = jnp.cos(angle) * size, jnp.sin(angle) * size
+    a, b, rest = jnp.split(x.astype(jnp.float32), (width // 2, width), -1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], -1).astype(x.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,11 +265,11 @@ def attend(
 
 
 def random_weights(key: Array, shapes: dict[str, tuple[int, ...]], norm: float = 1.0) -> dict[str, Array]:
-    """Normal weights: matrices by 1 / sqrt(fan-in), vectors (norms) near `norm`."""
+    """Normal weights: matrices by 1 / sqrt(fan-in), norms near `norm`, biases near 0."""
     keys = jax.random.split(key, len(shapes))
     return {
         name: jax.random.normal(k, shape, jnp.float32) * shape[-1] ** -0.5
         if len(shape) > 1
-        else norm + 0.1 * jax.random.normal(k, shape, jnp.float32)
+        else (0.0 if name.endswith("bias") else norm) + 0.1 * jax.random.normal(k, shape, jnp.float32)
         for k, (name, shape) in zip(keys, shapes.items(), strict=True)
     }

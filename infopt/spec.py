@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import numbers
-from typing import Any
+from typing import Any, ClassVar
 
 from infopt.errors import InfoptError
 from infopt.qtensor import Format
@@ -23,6 +23,14 @@ class Window:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LinearRope:
+    """Every position divided by `factor` (Chen et al. 2023, "Position Interpolation")."""
+
+    kind: ClassVar[str] = "linear"
+    factor: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Llama3Rope:
     """Llama 3's stretch of the rotary wavelengths.
 
@@ -33,10 +41,51 @@ class Llama3Rope:
       original_context: positions that the model was first trained on.
     """
 
+    kind: ClassVar[str] = "llama3"
     factor: float
     low_freq_factor: float
     high_freq_factor: float
     original_context: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class YarnRope:
+    """Yarn's stretch: pairs that turn often stay, pairs that turn seldom are slowed (Peng et al. 2023, section 3).
+
+    Args:
+      factor: the slowest pairs turn this many times slower.
+      original_context: positions that the model was first trained on.
+      beta_fast, beta_slow: turns within the original context from which a pair stays, and up to which it is slowed in
+        full; between the two pairs the slowing is interpolated.
+      attention_factor: cosines and sines are multiplied by it.
+      truncate: round the two pairs outwards to whole ones.
+    """
+
+    kind: ClassVar[str] = "yarn"
+    factor: float
+    original_context: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float = 1.0
+    truncate: bool = True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TableRope:
+    """A divisor for each pair's frequency, as LongRoPE found by search (Ding et al. 2024).
+
+    Args:
+      divisors: one a pair.
+      attention_factor: cosines and sines are multiplied by it.
+    """
+
+    kind: ClassVar[str] = "table"
+    divisors: tuple[float, ...]
+    attention_factor: float = 1.0
+
+
+RopeScaling = LinearRope | Llama3Rope | YarnRope | TableRope
+ROPE_SCALINGS: dict[str, type[Any]] = {c.kind: c for c in (LinearRope, Llama3Rope, YarnRope, TableRope)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,6 +135,11 @@ class Config:
         """Each layer's own window; None sees everything."""
         return (None,) * self.layers
 
+    @property
+    def learned_positions(self) -> bool:
+        """Whether positions are rows of a table, so that there are none beyond the context."""
+        return False
+
 
 @dataclasses.dataclass(frozen=True)
 class Speculation:
@@ -133,7 +187,8 @@ class Spec:
 
 def _plain(x: Any) -> Any:
     if dataclasses.is_dataclass(x):
-        return {f.name: _plain(getattr(x, f.name)) for f in dataclasses.fields(x)}
+        fields = {f.name: _plain(getattr(x, f.name)) for f in dataclasses.fields(x)}
+        return fields | {"kind": x.kind} if isinstance(x, RopeScaling) else fields
     return [_plain(v) for v in x] if isinstance(x, tuple) else x
 
 

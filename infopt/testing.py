@@ -28,13 +28,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from infopt import models
 from infopt.cache import rollback
 from infopt.errors import InfoptError
 from infopt.model import Model, Weights, build
-from infopt.models import gemma3, llama
 from infopt.reference import REFERENCES, reference
 from infopt.sampling import Sampling, noise
-from infopt.spec import Spec, oracle
+from infopt.spec import Spec, YarnRope, oracle
 from infopt.transforms import (
     Transform,
     cache_kv,
@@ -63,23 +63,21 @@ EXAMPLES: tuple[Transform, ...] = (
 )
 """What the contract stacks. A transform joins by one line."""
 
+_SIZES = dict(layers=3, dim=32, heads=4, kv_heads=2, head_dim=16, mlp=48, vocab=61, context=64, tied=False)
+_YARN = YarnRope(factor=4.0, original_context=16, beta_fast=2.0, attention_factor=1.1)
+
 FAMILIES: dict[str, Callable[[], Model]] = {
-    "llama": lambda: llama(
-        layers=3, dim=32, heads=4, kv_heads=2, head_dim=16, mlp=48, vocab=61, context=64, tied=False
-    ),
-    "gemma3": lambda: gemma3(
-        layers=5,
-        dim=32,
-        heads=4,
-        kv_heads=2,
-        head_dim=16,
-        mlp=48,
-        vocab=61,
-        context=64,
-        pattern=(True, False),
-        window=7,
-        tied=False,
-    ),
+    "llama": lambda: models.llama(**_SIZES),
+    "gemma3": lambda: models.gemma3(**_SIZES | dict(layers=5, pattern=(True, False), window=7)),
+    "mistral": lambda: models.mistral(**_SIZES, window=9),
+    "smollm3": lambda: models.smollm3(**_SIZES, rotated=(True, False)),
+    "qwen2": lambda: models.qwen2(**_SIZES, window=9, local=(False, True, True), rope_scaling=_YARN),
+    "qwen3": lambda: models.qwen3(**_SIZES),
+    "phi3": lambda: models.phi3(**_SIZES, rotated=10),
+    "gemma2": lambda: models.gemma2(**_SIZES, window=7, score_cap=2.0, logit_cap=3.0),
+    "gpt2": lambda: models.gpt2(**_SIZES | dict(kv_heads=4)),
+    "mixtral": lambda: models.mixtral(**_SIZES, experts=4),
+    "qwen3_moe": lambda: models.qwen3_moe(**_SIZES, experts=4, experts_used=3),
 }
 """Small models that the contract stacks them on. A family joins by one line."""
 

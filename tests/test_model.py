@@ -79,7 +79,7 @@ NEIGHBOUR = ip.define(
     "neighbour",
     NeighbourConfig,
     init=neighbour_init,
-    embed=lambda c, params, tokens: ops.embed(params["embed"], tokens),
+    embed=lambda c, params, tokens, positions: ops.embed(params["embed"], tokens),
     block=neighbour_block,
     final=lambda c, params, x: ops.rms_norm(x, params["final_norm"], None, 1e-5),
 )

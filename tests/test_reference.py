@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 from infopt.models import Gemma3Config, LlamaConfig
 from infopt.qtensor import Format
 from infopt.reference import REFERENCES, dequantize, reference, rotary, round_kv
-from infopt.spec import Llama3Rope, Spec, Window
+from infopt.spec import LinearRope, Llama3Rope, Spec, Window
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 
@@ -86,7 +86,7 @@ CONFIGS: dict[str, LlamaConfig | Gemma3Config] = {
         norm_eps=1e-6,
         rope_theta=5000.0,
         local_rope_theta=300.0,
-        rope_factor=3.0,
+        rope_scaling=LinearRope(factor=3.0),
         tied=True,
     ),
 }
@@ -134,7 +134,7 @@ def test_goldens_would_show_a_mistake(name: str) -> None:
     if name == "gemma3":
         changes += [
             {"local_rope_theta": 10000.0},
-            {"rope_factor": 1.0},
+            {"rope_scaling": None},
             {"query_scale": 10.0},
             {"pattern": (True, True, True, True, False, True)},
         ]

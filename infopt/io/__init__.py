@@ -12,7 +12,7 @@ from infopt.typing import Params
 __all__ = ["load"]
 
 
-def load(name_or_path: str | Path, dtype: str = "float32") -> tuple[Model, Params]:
+def load(name_or_path: str | Path, dtype: str = "float32", context: int | None = None) -> tuple[Model, Params]:
     """A model and its params, from a file, a folder or a name.
 
     Args:
@@ -21,6 +21,9 @@ def load(name_or_path: str | Path, dtype: str = "float32") -> tuple[Model, Param
       dtype: what the weights become: "float32", "bfloat16" or "float16"; or "keep": a GGUF file's Q4_0, Q4_1 and Q8_0
         blocks stay packed, without loss, as QTensors, and all else becomes float32 (a warning lists what was packed
         in other ways).
+
+      context: tokens that a text will have at most. Models whose positions are stretched by how long a text is (dynamic
+        and longrope scaling) are stretched for this length; others are just held to it. The model's own by default.
 
     Returns:
       The model, with its tokenizer where the checkpoint has one, and its params. The weights are read one by one out
@@ -42,20 +45,20 @@ def load(name_or_path: str | Path, dtype: str = "float32") -> tuple[Model, Param
             why="those are the types that weights are read to.",
             fix=nearest(str(dtype), list(DTYPES)),
         )
-    checkpoint = _open(str(name_or_path), dtype)
+    checkpoint = _open(str(name_or_path), dtype, context)
     model = Model.of(
         FAMILIES[checkpoint.family], checkpoint.config, checkpoint.tokenizer, tuple(checkpoint.formats.items())
     )
     return model, assemble(model.spec, checkpoint.weights)
 
 
-def _open(name: str, dtype: str) -> Checkpoint:
+def _open(name: str, dtype: str, context: int | None) -> Checkpoint:
     # The readers are imported where they are needed: each brings a package that the other does without.
     path = Path(name).expanduser()
     if path.is_dir():
         from infopt.io import huggingface
 
-        return huggingface.open_checkpoint(path, dtype)
+        return huggingface.open_checkpoint(path, dtype, context)
     if not path.exists():
         if any(mark in name for mark in "/\\~") or path.suffix in (".gguf", ".safetensors", ".bin", ".json"):
             raise CheckpointError(
@@ -74,4 +77,4 @@ def _open(name: str, dtype: str) -> Checkpoint:
         )
     from infopt.io import gguf
 
-    return gguf.open_checkpoint(path, dtype)
+    return gguf.open_checkpoint(path, dtype, context)

@@ -64,6 +64,33 @@ class Checkpoint:
     tokenizer: Tokenizer | None
 
 
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where in a checkpoint a weight lies.
+
+    Args:
+      files: the tensor's name; or one of each expert.
+      start: the first row of the tensor that is this weight's.
+      of: rows that the tensor has in all, where it holds several weights; None where it holds this one alone.
+      transposed: it is stored `[in, out]`.
+    """
+
+    files: tuple[str, ...]
+    start: int = 0
+    of: int | None = None
+    transposed: bool = False
+
+
+def file_shapes(sources: Mapping[str, Source], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The shape that each tensor of the checkpoint must have."""
+    wanted: dict[str, tuple[int, ...]] = {}
+    for name, where in sources.items():
+        shape = shapes[name] if len(where.files) == 1 else shapes[name][1:]
+        shape = shape if where.of is None else (where.of, *shape[1:])
+        wanted |= dict.fromkeys(where.files, shape[::-1] if where.transposed else shape)
+    return wanted
+
+
 def make_config(cls: type[Any], where: str, **fields: Any) -> Any:
     """A config; numbers that cannot be are the checkpoint's fault."""
     try:
@@ -122,15 +149,3 @@ def row_chunks(shape: tuple[int, ...]) -> Iterator[slice]:
     """Slices of the first axis of at most CHUNK values each."""
     step = max(1, CHUNK // max(1, int(np.prod(shape[1:]))))
     return (slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step))
-
-
-def shortest_period(layers: list[bool]) -> tuple[bool, ...]:
-    """The shortest run that, repeated, gives the list.
-
-    >>> shortest_period([True, True, False, True, True])
-    (True, True, False)
-    """
-    for n in range(1, len(layers)):
-        if all(x == layers[i % n] for i, x in enumerate(layers)):
-            return tuple(layers[:n])
-    return tuple(layers)

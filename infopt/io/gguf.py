@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import mmap
 import struct
 import warnings
@@ -23,18 +24,30 @@ from infopt.io.checkpoint import (
     DTYPES,
     Checkpoint,
     LazyWeights,
+    Source,
     check_layers,
     check_tensors,
+    file_shapes,
     make_config,
     row_chunks,
-    shortest_period,
 )
 from infopt.io.tokenizer import Tokenizer
 from infopt.model import FAMILIES, Model, aligned_empty, shapes
-from infopt.models.gemma3 import Gemma3Config
-from infopt.models.llama import LlamaConfig
+from infopt.models import (
+    Gemma2Config,
+    Gemma3Config,
+    GPT2Config,
+    LlamaConfig,
+    MixtralConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+    SmolLM3Config,
+)
+from infopt.models.base import shortest_period
 from infopt.qtensor import Format, QTensor
-from infopt.spec import Config, Llama3Rope
+from infopt.spec import Config, LinearRope, Llama3Rope, TableRope, YarnRope
 
 KEPT = {
     GGMLQuantizationType.Q4_0: Format("int4", 32, "float16"),
@@ -45,14 +58,18 @@ KEPT = {
 
 FLOATS = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16, GGMLQuantizationType.F64)
 
-TOP_NAMES = {"embed": "token_embd", "final_norm": "output_norm", "head": "output"}
+TOP_NAMES = {"embed": "token_embd", "positions": "position_embd", "final_norm": "output_norm", "head": "output"}
 LAYER_NAMES = {
     "attn_norm": "attn_norm", "attn.q": "attn_q", "attn.k": "attn_k", "attn.v": "attn_v", "attn.o": "attn_output",
     "attn.q_norm": "attn_q_norm", "attn.k_norm": "attn_k_norm", "attn_out_norm": "post_attention_norm",
     "mlp_norm": "ffn_norm", "mlp.gate": "ffn_gate", "mlp.up": "ffn_up", "mlp.down": "ffn_down",
-    "mlp_out_norm": "post_ffw_norm",
+    "mlp_out_norm": "post_ffw_norm", "mlp.router": "ffn_gate_inp", "mlp.experts.gate": "ffn_gate_exps",
+    "mlp.experts.up": "ffn_up_exps", "mlp.experts.down": "ffn_down_exps",
 }  # fmt: skip
 ROPE_FACTORS = "rope_freqs.weight"
+LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
+INTERLEAVED = ("llama", "mixtral", "smollm3")
+"""Families whose files store the rows of q and k so that a head's two halves alternate."""
 
 SCALARS = {
     GGUFValueType.UINT8: "B", GGUFValueType.INT8: "b", GGUFValueType.UINT16: "H", GGUFValueType.INT16: "h",
@@ -228,22 +245,18 @@ def _tensor(
 # ---------------------------------------------------------------------------------------------------------- the configs
 
 
-def _common(f: File, arch: str) -> dict[str, Any]:
+def _common(f: File, arch: str, eps: str = "layer_norm_rms_epsilon") -> dict[str, Any]:
     """The fields that every family's config has."""
 
     def number(key: str, default: Any = None) -> int:
         return f.get(f"{arch}.{key}", int, default)
 
-    _refuse(
-        f,
-        arch,
-        {
-            "expert_count": "mixtures of experts",
-            "attn_logit_softcapping": "capped attention scores",
-            "final_logit_softcapping": "capped logits",
-            "attention.clamp_kqv": "clamped projections",
-        },
-    )
+    if f.fields.get(f"{arch}.attention.clamp_kqv"):
+        raise CheckpointError(
+            f"{f.name} has clamped projections ({arch}.attention.clamp_kqv), which are not computed here.",
+            why="without them every logit would be wrong.",
+            fix="use a checkpoint of the plain architecture",
+        )
     if f.fields.get(f"{arch}.attention.causal") is False:
         raise CheckpointError(
             f"{f.name} is not a model that writes text.", why="its attention looks ahead.", fix="use a decoder's file"
@@ -259,11 +272,11 @@ def _common(f: File, arch: str) -> dict[str, Any]:
             fix="use a checkpoint whose layers are alike",
         )
     head_dim = number("attention.key_length", dim // max(heads, 1))
-    for key in ("attention.value_length", "rope.dimension_count"):
+    for key in ("attention.value_length", *(("rope.dimension_count",) if arch not in ("phi3", "gpt2") else ())):
         if number(key, head_dim) != head_dim:
             raise CheckpointError(
                 f"{f.name}: {arch}.{key} is {number(key)}, but its heads are {head_dim} wide.",
-                why="rotary positions over a part of a head are not computed here.",
+                why="rotary positions over a part of a head are not computed for this family.",
                 fix="use a checkpoint of the plain architecture",
             )
     tokens = f.fields.get("tokenizer.ggml.tokens")
@@ -278,9 +291,49 @@ def _common(f: File, arch: str) -> dict[str, Any]:
         head_dim=head_dim,
         context=number("context_length"),
         mlp=number("feed_forward_length"),
-        norm_eps=f.get(f"{arch}.attention.layer_norm_rms_epsilon", float),
+        norm_eps=f.get(f"{arch}.attention.{eps}", float),
         tied="output.weight" not in f.tensors,
     )
+
+
+def _rotary(f: File, arch: str, common: dict[str, Any], context: int | None) -> dict[str, Any]:
+    """`common`, and the fields `rope_theta`, `rope_scaling` and `context`."""
+    theta = f.get(f"{arch}.rope.freq_base", float, 10000.0)
+    kind = f.get(f"{arch}.rope.scaling.type", str, "linear")
+    factor = f.get(f"{arch}.rope.scaling.factor", float, f.fields.get(f"{arch}.rope.scale_linear", 1.0))
+    trained = common["context"]
+    original = f.get(f"{arch}.rope.scaling.original_context_length", int, trained)
+    if context is not None and not 1 <= context <= trained:
+        raise CheckpointError(
+            f"{f.name}: context={context} is beyond what the model reads, {trained} tokens.",
+            why="it was not trained on such distances.",
+            fix=f"context={trained}, or less",
+        )
+    scaling: Any = None
+    if ROPE_FACTORS in f.tensors:
+        scaling = _llama3_rope(f, theta, common["head_dim"])
+    elif LONG_FACTORS in f.tensors:
+        tensor = f.tensors.get(LONG_FACTORS if (context or trained) > original else SHORT_FACTORS)
+        if tensor is None:
+            raise CheckpointError(
+                f"{f.name} has no tensor {SHORT_FACTORS!r}.",
+                why="short texts need it.",
+                fix="fetch or convert the model again",
+            )
+        divisors = _dense(tensor, np.dtype(np.float32)).ravel()
+        size = f.get(f"{arch}.rope.scaling.attn_factor", float, 1.0)
+        scaling = TableRope(divisors=tuple(map(float, divisors)), attention_factor=size)
+    elif kind == "yarn" and factor > 1:
+        scaling = YarnRope(factor=factor, original_context=original, attention_factor=0.1 * math.log(factor) + 1.0)
+    elif kind == "linear" and factor not in (0.0, 1.0):
+        scaling = LinearRope(factor=factor)
+    elif kind not in ("none", "linear", "yarn"):
+        raise CheckpointError(
+            f"{f.name} stretches its positions by {kind!r}, which is not computed here.",
+            why="with plain positions every logit would be wrong.",
+            fix="use a checkpoint with plain, linear, yarn, longrope or Llama 3 positions",
+        )
+    return common | dict(rope_theta=theta, rope_scaling=scaling, context=context or trained)
 
 
 def _refuse(f: File, arch: str, keys: dict[str, str]) -> None:
@@ -293,32 +346,21 @@ def _refuse(f: File, arch: str, keys: dict[str, str]) -> None:
             )
 
 
-def _linear_factor(f: File, arch: str) -> float:
-    """By what positions are divided; other stretches than the linear one are refused."""
-    kind = f.fields.get(f"{arch}.rope.scaling.type", "linear")
-    factor = f.get(f"{arch}.rope.scaling.factor", float, f.fields.get(f"{arch}.rope.scale_linear", 1.0))
-    if kind == "none" or factor in (0.0, 1.0):
-        return 1.0
-    if kind != "linear":
-        raise CheckpointError(
-            f"{f.name} stretches its positions by {kind!r}, which is not computed here.",
-            why="with plain positions every logit would be wrong.",
-            fix="use a checkpoint with plain, linear (Gemma 3) or Llama 3 positions",
-        )
-    return factor
+WINDOW, EXPERTS = {"attention.sliding_window": "a sliding window"}, {"expert_count": "mixtures of experts"}
+CAPS = {"attn_logit_softcapping": "capped attention scores", "final_logit_softcapping": "capped logits"}
+SCALE = {"attention.scale": "a scale of its own"}
 
 
-def _llama(f: File) -> LlamaConfig:
-    common, theta = _common(f, "llama"), f.get("llama.rope.freq_base", float, 10000.0)
-    _refuse(f, "llama", {"attention.sliding_window": "a sliding window", "attention.scale": "a scale of its own"})
-    if _linear_factor(f, "llama") != 1:
-        raise CheckpointError(
-            f"{f.name} divides its positions (llama.rope.scaling.factor); a Llama here does not.",
-            why="with plain positions every logit would be wrong.",
-            fix="use a checkpoint with plain or Llama 3 positions",
-        )
-    scaling = _llama3_rope(f, theta, common["head_dim"]) if ROPE_FACTORS in f.tensors else None
-    return make_config(LlamaConfig, f.name, rope_theta=theta, rope_scaling=scaling, **common)
+def _llama(f: File, context: int | None) -> tuple[str, Config]:
+    _refuse(f, "llama", WINDOW | CAPS | SCALE)
+    fields = _rotary(f, "llama", _common(f, "llama"), context)
+    if not f.fields.get("llama.expert_count"):
+        return "llama", make_config(LlamaConfig, f.name, **fields)
+    return "mixtral", make_config(MixtralConfig, f.name, **_experts(f, "llama"), **fields)
+
+
+def _experts(f: File, arch: str) -> dict[str, int]:
+    return dict(experts=f.get(f"{arch}.expert_count", int), experts_used=f.get(f"{arch}.expert_used_count", int))
 
 
 def _llama3_rope(f: File, theta: float, head_dim: int) -> Llama3Rope | None:
@@ -345,7 +387,62 @@ def _llama3_rope(f: File, theta: float, head_dim: int) -> Llama3Rope | None:
     )
 
 
-def _gemma3(f: File) -> Gemma3Config:
+def _smollm3(f: File, context: int | None) -> tuple[str, Config]:
+    _refuse(f, "smollm3", WINDOW | CAPS | EXPERTS | SCALE)
+    return "smollm3", make_config(SmolLM3Config, f.name, **_rotary(f, "smollm3", _common(f, "smollm3"), context))
+
+
+def _qwen2(f: File, context: int | None) -> tuple[str, Config]:
+    _refuse(f, "qwen2", WINDOW | CAPS | EXPERTS | SCALE)
+    return "qwen2", make_config(Qwen2Config, f.name, **_rotary(f, "qwen2", _common(f, "qwen2"), context))
+
+
+def _qwen3(f: File, context: int | None) -> tuple[str, Config]:
+    _refuse(f, "qwen3", WINDOW | CAPS | EXPERTS | SCALE)
+    return "qwen3", make_config(Qwen3Config, f.name, **_rotary(f, "qwen3", _common(f, "qwen3"), context))
+
+
+def _qwen3_moe(f: File, context: int | None) -> tuple[str, Config]:
+    _refuse(f, "qwen3moe", WINDOW | CAPS | SCALE)
+    common = _common(f, "qwen3moe") | dict(mlp=f.get("qwen3moe.expert_feed_forward_length", int))
+    fields = _rotary(f, "qwen3moe", common, context)
+    return "qwen3_moe", make_config(Qwen3MoeConfig, f.name, normalise=True, **_experts(f, "qwen3moe"), **fields)
+
+
+def _phi3(f: File, context: int | None) -> tuple[str, Config]:
+    _refuse(f, "phi3", CAPS | EXPERTS | SCALE)
+    common = _common(f, "phi3")
+    window = f.get("phi3.attention.sliding_window", int, 0)
+    rotated = f.get("phi3.rope.dimension_count", int, common["head_dim"])
+    return "phi3", make_config(
+        Phi3Config,
+        f.name,
+        window=window if 0 < window < common["context"] else None,  # converters write the context where there is none
+        rotated=None if rotated == common["head_dim"] else rotated,
+        **_rotary(f, "phi3", common, context),
+    )
+
+
+def _gpt2(f: File, context: int | None) -> tuple[str, Config]:
+    return "gpt2", make_config(GPT2Config, f.name, **_common(f, "gpt2", eps="layer_norm_epsilon"))
+
+
+def _gemma2(f: File, context: int | None) -> tuple[str, Config]:
+    common = _common(f, "gemma2")
+    wide = common["layers"] == 46  # the 27B model alone does not divide queries by its heads' width
+    return "gemma2", make_config(
+        Gemma2Config,
+        f.name,
+        window=f.get("gemma2.attention.sliding_window", int),
+        query_scale=float(common["dim"] // common["heads"] if wide else common["head_dim"]),
+        score_cap=f.get("gemma2.attn_logit_softcapping", float, 50.0),
+        logit_cap=f.get("gemma2.final_logit_softcapping", float, 30.0),
+        **_rotary(f, "gemma2", common, context),
+    )
+
+
+def _gemma3(f: File, context: int | None) -> tuple[str, Config]:
+    _refuse(f, "gemma3", CAPS | EXPERTS)
     common = _common(f, "gemma3")
     window = f.get("gemma3.attention.sliding_window", int)
     pattern = f.fields.get("gemma3.attention.sliding_window_pattern", 6)  # a period, or each layer's own
@@ -359,35 +456,62 @@ def _gemma3(f: File) -> Gemma3Config:
         )
     # The file has no key for the scale of queries. The 27B model alone does not divide by its heads' width.
     wide = common["layers"] == 62
-    return make_config(
+    fields = _rotary(f, "gemma3", common, context)
+    return "gemma3", make_config(
         Gemma3Config,
         f.name,
         window=window,
         pattern=shortest_period(pattern),
         query_scale=float(common["dim"] // common["heads"] if wide else common["head_dim"]),
-        rope_theta=f.get("gemma3.rope.freq_base", float, 1_000_000.0),
         local_rope_theta=f.get("gemma3.rope.freq_base_swa", float, 10_000.0),
-        rope_factor=_linear_factor(f, "gemma3"),
-        **common,
+        **fields | dict(rope_theta=f.get("gemma3.rope.freq_base", float, 1_000_000.0)),
     )
 
 
-CONFIGS: dict[str, Callable[[File], Config]] = {"llama": _llama, "gemma3": _gemma3}
+CONFIGS: dict[str, Callable[[File, int | None], tuple[str, Config]]] = {
+    "llama": _llama,
+    "smollm3": _smollm3,
+    "qwen2": _qwen2,
+    "qwen3": _qwen3,
+    "qwen3moe": _qwen3_moe,
+    "phi3": _phi3,
+    "gpt2": _gpt2,
+    "gemma2": _gemma2,
+    "gemma3": _gemma3,
+}
+"""By architecture: how its family and config are read, for texts of at most so many tokens."""
 
 
 # ---------------------------------------------------------------------------------------------------------- the weights
 
 
-def file_name(logical: str) -> str:
-    """A logical name's tensor.
+def source(family: str, c: Any, logical: str) -> Source:
+    """A logical name's tensor, and which of its rows.
 
-    >>> file_name("layers.3.mlp.up")
-    'blk.3.ffn_up.weight'
+    >>> source("llama", None, "layers.3.mlp.up").files
+    ('blk.3.ffn_up.weight',)
     """
+    stem, kind = (logical.removesuffix("_bias"), "bias") if logical.endswith("_bias") else (logical, "weight")
     if not logical.startswith("layers."):
-        return f"{TOP_NAMES[logical]}.weight"
-    _, layer, rest = logical.split(".", 2)
-    return f"blk.{layer}.{LAYER_NAMES[rest]}.weight"
+        return Source((f"{TOP_NAMES[stem]}.{kind}",))
+    _, layer, rest = stem.split(".", 2)
+    if family in ("phi3", "gpt2") and rest in ("attn.q", "attn.k", "attn.v"):
+        q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
+        first = {"attn.q": 0, "attn.k": q, "attn.v": q + kv}[rest]
+        return Source((f"blk.{layer}.attn_qkv.{kind}",), first, q + 2 * kv)
+    if family == "phi3" and rest in ("mlp.gate", "mlp.up"):
+        return Source((f"blk.{layer}.ffn_up.{kind}",), c.mlp * (rest == "mlp.up"), 2 * c.mlp)
+    return Source((f"blk.{layer}.{LAYER_NAMES[rest]}.{kind}",))
+
+
+def _rows(t: Tensor, where: Source, shape: tuple[int, ...]) -> Tensor:
+    """The part of a tensor that is one weight."""
+    if where.of is None:
+        return t
+    if len(shape) == 1:  # a bias: all in one row
+        each = t.rows.shape[1] // t.shape[0]
+        return Tensor(t.type, shape, t.rows[:, where.start * each : (where.start + shape[0]) * each])
+    return Tensor(t.type, shape, t.rows[where.start : where.start + shape[0]])
 
 
 def half_split_rows(heads: int, head_dim: int) -> np.ndarray:
@@ -407,26 +531,28 @@ def _dense(t: Tensor, dtype: np.dtype[Any], order: np.ndarray | None = None, shi
 def _packed(t: Tensor, order: np.ndarray | None = None) -> QTensor:
     """A tensor's blocks as they are: their codes and their scales apart."""
     fmt = KEPT[t.type]
-    out, width = t.shape
+    out, width = len(t.rows), t.shape[-1]
     groups, scales = width // 32, 2 * (1 + fmt.row.minimum)  # bytes of scale and minimum, ahead of a block's codes
     code_type = np.dtype(np.int8 if fmt.row.bits == 8 else np.uint8)
     codes = aligned_empty((out, width * fmt.row.bits // 8), code_type)
     parts = [aligned_empty((out, groups), np.dtype(np.float16)) for _ in range(scales // 2)]
-    for part in row_chunks(t.shape):
+    for part in row_chunks((out, width)):
         blocks = t.rows[part] if order is None else t.rows[order[part]]
         blocks = blocks.reshape(len(blocks), groups, -1)
         codes[part] = blocks[..., scales:].view(code_type).reshape(len(blocks), -1)
         for i, stored in enumerate(parts):
             stored[part] = np.ascontiguousarray(blocks[..., 2 * i : 2 * i + 2]).view("<f2")[..., 0]
-    return QTensor(codes, parts[0], parts[1] if fmt.row.minimum else None, fmt, t.shape)
+    codes, *parts = (x.reshape(*t.shape[:-1], x.shape[-1]) for x in (codes, *parts))
+    return QTensor(codes, parts[0], parts[1] if fmt.row.minimum else None, fmt, t.shape[-2:])
 
 
-def open_checkpoint(path: Path, dtype: str) -> Checkpoint:
+def open_checkpoint(path: Path, dtype: str, context: int | None = None) -> Checkpoint:
     """Open a GGUF file: all is checked here; the weights are read when they are asked for.
 
     Args:
       path: the file.
       dtype: a key of `DTYPES`.
+      context: tokens that texts will have at most; the model's own by default.
 
     Raises:
       CheckpointError: the file is damaged, foreign, or not a model that this library computes.
@@ -439,13 +565,14 @@ def open_checkpoint(path: Path, dtype: str) -> Checkpoint:
             why=nearest(arch, list(CONFIGS)),
             fix="use a model of a known one, or define the family with ip.define",
         )
-    config: Any = CONFIGS[arch](f)
+    family, found = CONFIGS[arch](f, context)
+    config: Any = found
     check_layers(f.name, config, len(f.tensors))
-    expected = shapes(Model.of(FAMILIES[arch], config).spec)
+    expected = shapes(Model.of(FAMILIES[family], config).spec)
+    sources = {name: source(family, config, name) for name in expected}
+    factors = (ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS)
     check_tensors(
-        f.name,
-        {file_name(name): shape for name, shape in expected.items()},
-        {name: t.shape for name, t in f.tensors.items() if name != ROPE_FACTORS},
+        f.name, file_shapes(sources, expected), {name: t.shape for name, t in f.tensors.items() if name not in factors}
     )
     for name, t in f.tensors.items():
         try:
@@ -460,20 +587,20 @@ def open_checkpoint(path: Path, dtype: str) -> Checkpoint:
     formats: dict[str, Format] = {}
     readers: dict[str, Callable[[], Any]] = {}
     for name, shape in expected.items():
-        t = f.tensors[file_name(name)]
+        t = _rows(f.tensors[sources[name].files[0]], sources[name], shape)
         order = None
-        if arch == "llama" and name.endswith((".attn.q", ".attn.k")):
+        if family in INTERLEAVED and name.endswith((".attn.q", ".attn.k")):
             order = half_split_rows(shape[0] // config.head_dim, config.head_dim)
-        if dtype == "keep" and t.type in KEPT and len(shape) == 2:
+        if dtype == "keep" and t.type in KEPT and len(shape) > 1:
             formats[name] = KEPT[t.type]
             readers[name] = functools.partial(_packed, t, order)
         else:
             # Gemma's norms multiply by 1 + w, and the file holds 1 + w.
-            shift = -1.0 if arch == "gemma3" and name.endswith("norm") else 0.0
+            shift = -1.0 if family in ("gemma2", "gemma3") and name.endswith("norm") else 0.0
             readers[name] = functools.partial(_dense, t, DTYPES[dtype], order, shift)
     if dtype == "keep":
         _warn_of_unkept(f)
-    return Checkpoint(arch, config, formats, LazyWeights(readers), _tokenizer(f))
+    return Checkpoint(family, config, formats, LazyWeights(readers), _tokenizer(f))
 
 
 def _warn_of_unkept(f: File) -> None:

@@ -176,7 +176,11 @@ _unpack = jax.jit(dequantize_array)
 
 def layer_matrices(spec: Spec) -> list[str]:
     """Names of the blocks' linear layers."""
-    return [n for n, shape in shapes(spec).items() if n.startswith("layers.") and len(shape) == 2]
+    return [
+        n
+        for n, shape in shapes(spec).items()
+        if n.startswith("layers.") and len(shape) > 1 and not n.endswith("router")
+    ]
 
 
 def whole(name: str, value: Any, least: int) -> int:

@@ -22,7 +22,8 @@ class GQA(Transform):
         return False
 
     def names(self, spec: Spec) -> list[str]:
-        return [n for n in shapes(spec) if n.startswith("layers.") and n.endswith((".attn.k", ".attn.v"))]
+        ends = (".attn.k", ".attn.v", ".attn.k_bias", ".attn.v_bias")
+        return [n for n in shapes(spec) if n.startswith("layers.") and n.endswith(ends)]
 
     def check(self, spec: Spec) -> None:
         have = spec.config.kv_heads
@@ -34,7 +35,7 @@ class GQA(Transform):
                 fix=f"kv_heads={' or '.join(divisors)}",
             )
         names = self.names(spec)
-        if len(names) != 2 * spec.config.layers:
+        if sum(not n.endswith("bias") for n in names) != 2 * spec.config.layers:
             raise InfoptError(
                 f"{self!r}: {spec.family} has no separate key and value projections in every layer.",
                 why="pooling heads averages their rows of those weights.",

@@ -38,7 +38,7 @@ class Quantize(Transform):
     def names(self, spec: Spec) -> list[str]:
         if self.where is None:
             return layer_matrices(spec)
-        matrices = [n for n, shape in shapes(spec).items() if len(shape) == 2]
+        matrices = [n for n, shape in shapes(spec).items() if len(shape) > 1]
         found = [n for n in matrices if fnmatch.fnmatchcase(n, self.where)]
         if not found:
             raise InfoptError(

@@ -177,7 +177,7 @@ def test_gemma3_norms_and_config(gemma3_gguf: Callable, tmp_path: Path) -> None:
         window=8,
         norm_eps=1e-5,
         query_scale=32.0,
-        rope_factor=8.0,
+        rope_scaling=LinearRope(factor=8.0),
     )
     tensors = {name: x for name, (x, _) in gguf.tensors.items()}
     for file, ours in {

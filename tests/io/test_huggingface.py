@@ -19,6 +19,7 @@ import infopt as ip
 from infopt.errors import CheckpointError
 from infopt.io import load
 from infopt.model import Weights
+from infopt.spec import LinearRope
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 
@@ -138,7 +139,7 @@ def test_older_gemma3_config_says_the_same() -> None:
     folder = FIXTURES / "gemma3"
     config = load(folder)[0].spec.config
     assert config.pattern == (True,) * 5 + (False,)
-    assert (config.rope_factor, config.rope_theta, config.local_rope_theta) == (3.0, 5000.0, 300.0)
+    assert (config.rope_scaling, config.rope_theta, config.local_rope_theta) == (LinearRope(factor=3.0), 5000.0, 300.0)
 
 
 def test_older_gemma3_spelling_equals_the_present_one(edited: Edit) -> None:

@@ -1,0 +1,67 @@
+"""Qwen2 and 2.5: a Llama with biases on queries, keys and values; its upper layers may see a window only.
+
+Source: Yang et al. 2024, "Qwen2 Technical Report".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from infopt import ops
+from infopt.model import Attend, Model, define
+from infopt.models import base
+from infopt.spec import Window
+from infopt.typing import Array
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Qwen2Config(base.DecoderConfig):
+    """Qwen2's config.
+
+    Args:
+      window: positions that a local layer sees, itself included.
+      local: a period of layers (or all of them), True where a layer is local.
+    """
+
+    window: int | None = None
+    local: tuple[bool, ...] = (False,)
+
+    @property
+    def period(self) -> int:
+        return base.cheapest_period(self.windows())
+
+    def windows(self) -> tuple[Window | None, ...]:
+        return base.local_windows(self.layers, self.window, self.local)
+
+
+def init(c: Qwen2Config, key: Array) -> dict[str, Array]:
+    """Random weights, by logical name."""
+    vectors = {"attn_norm": (c.dim,), "mlp_norm": (c.dim,)} | base.attention_bias_shapes(c)
+    return base.random_weights(c, key, vectors | base.attention_shapes(c) | base.swiglu_shapes(c))
+
+
+def block(c: Qwen2Config, phase: int, p: dict[str, Any], x: Array, layer: Any, attend: Attend, cache: Any):
+    """One layer; the window is bound in `attend`."""
+    h = ops.rms_norm(x, p["attn_norm"], layer, c.norm_eps)
+    q, k, v = base.queries_keys_values(c, p, h, layer)
+    a, cache = attend(q, k, v, cache, layer, rope=base.rope(c), scale=c.head_dim**-0.5)
+    x = x + ops.linear(ops.join_heads(a), p["attn.o"], layer)
+
+    h = ops.rms_norm(x, p["mlp_norm"], layer, c.norm_eps)
+    return x + base.swiglu(p, h, layer), cache
+
+
+QWEN2 = define("qwen2", Qwen2Config, init=init, embed=base.embed, block=block, final=base.final)
+
+
+def qwen2(**options: Any) -> Model:
+    """A Qwen2 of any size, for `model.init(key)`.
+
+    Args:
+      options: fields of `Qwen2Config`; small ones by default, head_dim = dim / heads and mlp = 3 * dim.
+
+    >>> qwen2(layers=3, window=8, local=(False, True, True)).spec.window
+    (None, Window(size=8, sinks=0), Window(size=8, sinks=0))
+    """
+    return base.sized(QWEN2, Qwen2Config, {}, options)
