@@ -37,7 +37,7 @@ examples:
 """
 MATRIX_EXAMPLES = """\
 examples:
-  infopt matrix                                               every pair of transforms, both families
+  infopt matrix                                               every pair of transforms, on Llama and Gemma 3
   infopt matrix --family llama --depth 3 --processes 2        every triple too
   infopt matrix --processes 2 --write docs/composition.md     what the documentation holds; --check compares
 """
@@ -179,9 +179,14 @@ def _add_matrix(commands: Any) -> None:
     summary = "test every pair and triple of transforms: refused with a reason, or equal to its oracle"
     parser = _command(commands, "matrix", summary, MATRIX_EXAMPLES)
     parser.set_defaults(command=_matrix)
-    families = ["llama", "gemma3"]
-    parser.add_argument("--family", action="append", choices=families, help="may be repeated (default: both)")
-    parser.add_argument("--depth", type=int, choices=[1, 2, 3], default=2, help="3: triples too (default: %(default)s)")
+    parser.add_argument("--family", action="append", metavar="NAME", help="may be repeated (default: llama, gemma3)")
+    parser.add_argument(
+        "--depth",
+        type=int,
+        choices=[1, 2, 3],
+        default=2,
+        help="1: each alone, and a handful of pairs; 3: triples too (default: %(default)s)",
+    )
     parser.add_argument("--processes", type=_count, default=1, metavar="N", help="share the work out (default 1)")
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--write", metavar="FILE", help="write the table to FILE")

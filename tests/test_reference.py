@@ -263,7 +263,9 @@ def test_rotary_pairs_are_half_a_head_apart() -> None:
 
 def test_linear_factor_divides_positions() -> None:
     x = np.array([[[1.0, 0]]])
-    np.testing.assert_allclose(rotary(100.0, 2, factor=4.0)(x, np.array([8]))[0, 0], [math.cos(2), math.sin(2)])
+    np.testing.assert_allclose(
+        rotary(100.0, 2, LinearRope(factor=4.0))(x, np.array([8]))[0, 0], [math.cos(2), math.sin(2)]
+    )
 
 
 def packed(codes: list[list[int]], scale: Any, minimum: Any, format: Format, width: int) -> Any:

@@ -20,6 +20,7 @@ from infopt.io import load
 from infopt.io.gguf import open_file
 from infopt.model import Weights
 from infopt.qtensor import dequantize_array, is_qtensor
+from infopt.spec import LinearRope
 
 HEADS = {"attn_q": 4, "attn_k": 2}
 
@@ -343,9 +344,8 @@ def test_integer_tensor_is_refused(llama_gguf: Callable, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("key, value, said", [
-    ("llama.expert_count", 8, "mixtures of experts"),
-    ("llama.rope.scaling.type", "yarn", "'yarn'"),
-    ("llama.rope.scaling.factor", 4.0, "divides its positions"),
+    ("llama.expert_count", 8, "'llama.expert_used_count' is missing"),
+    ("llama.rope.scaling.type", "longrope", "'longrope'"),
     ("llama.rope.dimension_count", 8, "heads are 16 wide"),
     ("llama.attention.head_count_kv", [2, 1], "different numbers of key/value heads"),
     ("llama.attention.head_count", 3, "describes a model that cannot be"),
