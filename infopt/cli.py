@@ -1,4 +1,4 @@
-"""The command line: `infopt generate`, `infopt matrix`, `infopt bench`.
+"""The command line: `infopt generate`, `infopt pull`, `list`, `show` and `rm`, `infopt matrix`, `infopt bench`.
 
 JAX and the rest of the library are imported inside the commands, so that `--help` and a mistyped option answer at once.
 """
@@ -34,6 +34,10 @@ examples:
   infopt generate smollm2-135m "Once upon a time" --temperature 0.8 --top-p 0.95 --seed 1
   infopt generate smollm2-135m "Dear Sir," --stack "quantize(bits=8) | sliding_window(256, sinks=4) | cache_kv(bits=8)"
   infopt generate ./model.gguf - --dtype keep --max-new 256 < prompt.txt
+"""
+LIBRARY_EXAMPLES = """\
+NAME is one of infopt's own (smollm2-135m), hf:owner/name, hf:owner/name@revision, hf:owner/name:file.gguf, or an alias
+from models.toml.
 """
 MATRIX_EXAMPLES = """\
 examples:
@@ -113,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
     _add_generate(commands)
+    _add_library(commands)
     _add_matrix(commands)
     _add_bench(commands)
     return parser
@@ -131,7 +136,11 @@ def _command(commands: Any, name: str, summary: str, examples: str) -> argparse.
 def _add_generate(commands: Any) -> None:
     parser = _command(commands, "generate", "continue a prompt", GENERATE_EXAMPLES)
     parser.set_defaults(command=_generate)
-    parser.add_argument("model", metavar="MODEL", help="a name (smollm2-135m), a .gguf file or a Hugging Face folder")
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a name (smollm2-135m, hf:owner/name, an alias), a .gguf file or a Hugging Face folder",
+    )
     parser.add_argument("prompt", metavar="PROMPT", help="the text to continue; - reads it from standard input")
     parser.add_argument(
         "--stack",
@@ -173,6 +182,20 @@ def _add_generate(commands: Any) -> None:
     group.add_argument("--no-stats", action="store_true", help="leave the line of figures out")
     group.add_argument("--json", action="store_true", help="one JSON object in place of text")
     group.add_argument("--logprobs", action="store_true", help="with --json: each token's log-probability")
+
+
+def _add_library(commands: Any) -> None:
+    parser = _command(commands, "pull", "fetch a model, or what has changed of it since", LIBRARY_EXAMPLES)
+    parser.set_defaults(command=_library, what="pull")
+    parser.add_argument("names", metavar="NAME", nargs="+")
+    parser = _command(commands, "list", "list the models on this machine", LIBRARY_EXAMPLES)
+    parser.set_defaults(command=_library, what="list_")
+    parser = _command(commands, "show", "print what a model is, without reading its weights", LIBRARY_EXAMPLES)
+    parser.set_defaults(command=_library, what="show")
+    parser.add_argument("name", metavar="NAME", help="a name, a .gguf file or a Hugging Face folder")
+    parser = _command(commands, "rm", "delete a fetched model, and say what was freed", LIBRARY_EXAMPLES)
+    parser.set_defaults(command=_library, what="rm")
+    parser.add_argument("names", metavar="NAME", nargs="+")
 
 
 def _add_matrix(commands: Any) -> None:
@@ -328,6 +351,12 @@ def _stats(model: Any, out: Generation, first: float) -> str:
     if out.acceptance is not None:
         parts.append(f"acceptance {out.acceptance:.2f}, {out.tokens_per_round:.2f} tokens a round")
     return "; ".join(parts)
+
+
+def _library(args: argparse.Namespace) -> int:
+    from infopt import library
+
+    return getattr(library, args.what)(args)
 
 
 def _matrix(args: argparse.Namespace) -> int:

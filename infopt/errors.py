@@ -57,3 +57,16 @@ def nearest(name: str, known: "list[str] | tuple[str, ...]") -> str:
     if near:
         return "did you mean " + " or ".join(repr(n) for n in near) + "?"
     return "known: " + ", ".join(sorted(known))
+
+
+def human(size: float) -> str:
+    """Bytes as a person reads them.
+
+    >>> human(98_362_432)
+    '98.4 MB'
+    """
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{round(size, 1):g} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"

@@ -29,6 +29,7 @@ ROOMS: list[tuple[str, ...]] = [
     ("testing",),
     ("infopt",),  # the package's own face, which gathers what is above it
     ("bench",),
+    ("library",),
     ("cli",),
     ("__main__",),
 ]

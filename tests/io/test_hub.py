@@ -213,7 +213,7 @@ def test_full_cache_folder_is_named(cache: Path, monkeypatch: pytest.MonkeyPatch
         raise OSError(number, os.strerror(number))
 
     put_wheel(monkeypatch)
-    monkeypatch.setattr(hub, "_sync", full)
+    monkeypatch.setattr(hub, "sync", full)
     with pytest.raises(FetchError, match=f"cache folder {cache} is full") as caught:
         hub.resolve(NAME)
     assert "INFOPT_CACHE" in caught.value.one_line
@@ -280,7 +280,7 @@ wheel, name, source, kill = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[
 hub.NAMES[name] = hub.Source(**source)
 hub._download = lambda source, temporary: Path(shutil.copy(wheel, temporary))
 if kill:
-    hub._sync = lambda file: os._exit(9)
+    hub.sync = lambda file: os._exit(9)
 print(hub.resolve(name))
 """
 

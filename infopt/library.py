@@ -1,0 +1,173 @@
+"""The models on this machine: `infopt pull`, `infopt list`, `infopt show`, `infopt rm`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+import struct
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from infopt.errors import FetchError, human
+from infopt.io import hf, hub, names
+
+
+def pull(args: argparse.Namespace) -> int:
+    """Fetches models, and says where they are."""
+    for name in args.names:
+        path = names.follow(name).pull()
+        print(f"{name}: {human(_size(path))} in {path}")
+    return 0
+
+
+def rm(args: argparse.Namespace) -> int:
+    """Deletes models from the caches, and says what was freed."""
+    for name in args.names:
+        target = names.follow(name)
+        freed = target.remove()
+        print(f"{name}: {human(freed)} freed")
+        if target.alias:
+            print(f"the alias {name} is still in {names.config_file()}", file=sys.stderr)
+    return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A line of `infopt list`; a size or date that is not known is None."""
+
+    name: str
+    size: int | None
+    modified: float | None
+    where: str
+
+
+def rows() -> list[Row]:
+    """The models that have a name: infopt's own, those in the hub's cache, and the user's aliases."""
+    return [*_own(), *_of_the_hub(), *_aliases()]
+
+
+def _own() -> Iterator[Row]:
+    for name in sorted(hub.NAMES):
+        if path := hub.cached(name):
+            yield Row(name, _size(path), path.stat().st_mtime, str(path))
+        else:
+            yield Row(name, None, None, f"not here: infopt pull {name}")
+
+
+def _of_the_hub() -> Iterator[Row]:
+    for entry in hf.entries():
+        where = str(entry.path) if entry.whole else f"unfinished: infopt pull {entry.name}"
+        yield Row(entry.name, entry.size, entry.modified, where)
+
+
+def _aliases() -> Iterator[Row]:
+    for name, end in sorted(names.aliases().items()):
+        try:
+            path = names.follow(name).cached()
+        except FetchError as error:
+            yield Row(name, None, None, error.what)
+            continue
+        if path is None:
+            yield Row(name, None, None, f"{end} (not here)")
+        else:
+            yield Row(name, _size(path), path.stat().st_mtime, end)
+
+
+def list_(args: argparse.Namespace) -> int:
+    """Prints what is here: names, sizes, dates, and where."""
+    table = [("NAME", "SIZE", "MODIFIED", "WHERE")]
+    for row in rows():
+        date = "-" if row.modified is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(row.modified))
+        table.append((row.name, "-" if row.size is None else human(row.size), date, row.where))
+    widths = [max(len(line[i]) for line in table) for i in range(3)]
+    for name, size, date, where in table:
+        print(f"{name:<{widths[0]}}  {size:>{widths[1]}}  {date:<{widths[2]}}  {where}")
+    return 0
+
+
+def show(args: argparse.Namespace) -> int:
+    """Prints what a model is, without reading its weights."""
+    # They bring JAX, which the other commands do without.
+    import numpy as np
+
+    from infopt.io import open_checkpoint
+    from infopt.model import FAMILIES, Model, shapes
+    from infopt.transforms import cache_kv
+
+    path = names.locate(args.name, fetch=False)
+    checkpoint = open_checkpoint(path, "keep")
+    model = Model.of(FAMILIES[checkpoint.family], checkpoint.config)
+    parameters = sum(int(np.prod(shape)) for shape in shapes(model.spec).values())
+    config = {key: value for key, value in dataclasses.asdict(checkpoint.config).items() if value is not None}
+    tokenizer = checkpoint.tokenizer
+    stored = ", ".join(f"{kind} {human(size)} ({count})" for kind, (size, count) in _stored(path).items())
+    dense, packed = (cache_kv(bits)(model).token_bytes() for bits in (None, 8))
+    lines = {
+        "where": f"{path} ({human(_size(path))})",
+        "family": checkpoint.family,
+        "licence": _licence(path) or "the files do not say",
+        "parameters": f"{parameters:,}",
+        "weights": f"{stored}: the type, the bytes and the number of tensors",
+        "context": f"{checkpoint.config.context:,} tokens",
+        "cache": f"{dense:,} bytes a token in float32, {packed:,} with cache_kv(bits=8)",
+        "tokenizer": f"{tokenizer.vocab_size:,} tokens, ends a text at {list(tokenizer.eos_ids)}"
+        if tokenizer
+        else "none",
+        "config": ", ".join(f"{key}={json.dumps(value)}" for key, value in config.items()),
+    }
+    for key, value in lines.items():
+        print(f"{key:<10}  {value}")
+    return 0
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file (and the parts that it is split into), or of a folder's files."""
+    if path.is_dir():
+        return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    return sum(file.stat().st_size for part in hf.parts(path.name) if (file := path.with_name(part)).is_file())
+
+
+def _stored(path: Path) -> dict[str, tuple[int, int]]:
+    """How the weights lie in the file: by type, the bytes and the number of tensors, the most bytes first."""
+    out: dict[str, tuple[int, int]] = {}
+
+    def add(kind: str, size: int) -> None:
+        out[kind] = (out.get(kind, (0, 0))[0] + size, out.get(kind, (0, 0))[1] + 1)
+
+    if path.is_dir():
+        index = path / hf.INDEX
+        for file in hf.shards(index) if index.exists() else [hf.WEIGHTS]:
+            for tensor in _safetensors_header(path / file).values():
+                add(tensor["dtype"], tensor["data_offsets"][1] - tensor["data_offsets"][0])
+    else:
+        from infopt.io import gguf
+
+        for tensor in gguf.open_file(path).tensors.values():
+            add(tensor.type.name, tensor.rows.nbytes)
+    return dict(sorted(out.items(), key=lambda item: -item[1][0]))
+
+
+def _safetensors_header(path: Path) -> dict[str, dict]:
+    # `open_checkpoint` has read the file: it is whole, and its header is sound.
+    with open(path, "rb") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(size))
+    return {name: tensor for name, tensor in header.items() if name != "__metadata__"}
+
+
+def _licence(path: Path) -> str | None:
+    """What a GGUF file's metadata, or the card beside a folder's files, says."""
+    if path.is_dir():
+        card = path / "README.md"
+        text = card.read_text(encoding="utf-8", errors="replace") if card.exists() else ""
+        front = re.match(r"---\n(.*?)\n---", text, re.S)
+        found = re.search(r"^license:[ \t]*['\"]?([\w.-]+)", front[1], re.M) if front else None
+        return found[1] if found else None
+    from infopt.io import gguf
+
+    said = gguf.open_file(path).fields.get("general.license")
+    return said if isinstance(said, str) else None
