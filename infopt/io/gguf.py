@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import math
 import mmap
+import re
 import struct
 import warnings
 from collections.abc import Callable
@@ -70,6 +71,8 @@ ROPE_FACTORS = "rope_freqs.weight"
 LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
 INTERLEAVED = ("llama", "mixtral", "smollm3")
 """Families whose files store the rows of q and k so that a head's two halves alternate."""
+
+PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 SCALARS = {
     GGUFValueType.UINT8: "B", GGUFValueType.INT8: "b", GGUFValueType.UINT16: "H", GGUFValueType.INT16: "h",
@@ -156,11 +159,37 @@ class _Cursor:
 
 
 def open_file(path: Path) -> File:
-    """Map a GGUF file and read everything but the tensors' values.
+    """Map a GGUF file, or all parts of one that is split, and read everything but the tensors' values.
 
     Raises:
-      CheckpointError: not GGUF, of another version or byte order, truncated or damaged.
+      CheckpointError: not GGUF, of another version or byte order, truncated or damaged, or a part is missing.
     """
+    first = _open_part(path)
+    count = first.get("split.count", int, 1)
+    if count <= 1:
+        return first
+    match = PART.fullmatch(path.name)
+    if not match or int(match[2]) != 1 or int(match[3]) != count:
+        start = f"{match[1]}-00001-of-{match[3]}.gguf" if match else "NAME-00001-of-0000N.gguf"
+        raise CheckpointError(
+            f"{path.name} is one of {count} parts.",
+            why="the first part holds the metadata, and the parts' names say where the others are.",
+            fix=f"give {start}, with all its parts beside it under their own names",
+        )
+    tensors = dict(first.tensors)
+    for n in range(2, count + 1):
+        part = _open_part(path.with_name(f"{match[1]}-{n:05}-of-{match[3]}.gguf"))
+        if again := tensors.keys() & part.tensors.keys():
+            raise CheckpointError(
+                f"{part.name} holds {min(again)!r}, which an earlier part holds too.",
+                why="the parts are not of one model.",
+                fix="fetch the parts again",
+            )
+        tensors |= part.tensors
+    return File(first.name, first.fields, tensors)
+
+
+def _open_part(path: Path) -> File:
     try:
         with path.open("rb") as file:
             size = path.stat().st_size

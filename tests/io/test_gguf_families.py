@@ -203,3 +203,41 @@ def test_packed_experts_stay_packed(tmp_path: Path) -> None:
     a, _ = jax.jit(model.apply)(params, tokens, model.init_state(1, 9))
     b, _ = jax.jit(plain.apply)(dense, tokens, plain.init_state(1, 9))
     np.testing.assert_allclose(a, b, atol=2e-4)
+
+
+def split(path: Path, parts: int) -> list[Path]:
+    """The tensors of a file dealt out to several, as llama.cpp's gguf-split names them."""
+    reader, out = gguf.GGUFReader(path), []
+    for n in range(parts):
+        file = path.with_name(f"{path.stem}-{n + 1:05}-of-{parts:05}.gguf")
+        writer = gguf.GGUFWriter(file, "llama")
+        if n == 0:
+            for key, field in reader.fields.items():
+                if key.startswith("llama."):
+                    kind = field.types[0]
+                    writer.add_key_value(key, field.contents(), kind)
+        writer.add_uint16("split.no", n)
+        writer.add_uint16("split.count", parts)
+        for tensor in reader.tensors[n::parts]:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        out.append(file)
+    return out
+
+
+def test_a_split_file_is_read_from_its_first_part(tmp_path: Path) -> None:
+    whole = convert("llama_tied", tmp_path / "m.gguf")
+    parts = split(whole, 3)
+    model, params = ip.load(parts[0])
+    expected, weights = ip.load(whole)
+    assert model.spec == expected.spec
+    jax.tree.map(np.testing.assert_array_equal, params, weights)
+    with pytest.raises(ip.InfoptError, match="one of 3 parts") as e:
+        ip.load(parts[1])
+    assert "m-00001-of-00003.gguf" in e.value.fix
+    parts[2].unlink()
+    with pytest.raises(ip.InfoptError, match="m-00003-of-00003"):
+        ip.load(parts[0])
