@@ -193,6 +193,8 @@ def _add_library(commands: Any) -> None:
     parser = _command(commands, "show", "print what a model is, without reading its weights", LIBRARY_EXAMPLES)
     parser.set_defaults(command=_library, what="show")
     parser.add_argument("name", metavar="NAME", help="a name, a .gguf file or a Hugging Face folder")
+    parser = _command(commands, "families", "list the families that are computed, as a table", LIBRARY_EXAMPLES)
+    parser.set_defaults(command=_library, what="families")
     parser = _command(commands, "rm", "delete a fetched model, and say what was freed", LIBRARY_EXAMPLES)
     parser.set_defaults(command=_library, what="rm")
     parser.add_argument("names", metavar="NAME", nargs="+")

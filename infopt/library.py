@@ -89,6 +89,31 @@ def list_(args: argparse.Namespace) -> int:
     return 0
 
 
+def families(args: argparse.Namespace) -> int:
+    """Prints the families that there are, and what their checkpoints are called."""
+    print(families_table())
+    return 0
+
+
+def families_table() -> str:
+    """The registry as a Markdown table, which the README holds."""
+    import importlib
+
+    from infopt.io import gguf, huggingface
+    from infopt.model import FAMILIES
+
+    of_hub: dict[str, list[str]] = {}
+    for kind, (family, _) in huggingface.CONFIGS.items():
+        of_hub.setdefault(family, []).append(f"`{kind}`")
+    lines = ["| family | what it is | Hugging Face `model_type` | GGUF architecture |", "|---|---|---|---|"]
+    for family in sorted(of_hub):
+        module = importlib.import_module(FAMILIES[family].block.__module__)
+        told = " ".join((module.__doc__ or "").split("\n\n")[0].split()).rstrip(".")
+        archs = ", ".join(f"`{arch}`" for arch, name in gguf.ARCHITECTURES.items() if family in name)
+        lines.append(f"| {family} | {told} | {', '.join(of_hub[family])} | {archs or 'none of its own'} |")
+    return "\n".join(lines)
+
+
 def show(args: argparse.Namespace) -> int:
     """Prints what a model is, without reading its weights."""
     # They bring JAX, which the other commands do without.

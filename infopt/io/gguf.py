@@ -509,6 +509,10 @@ CONFIGS: dict[str, Callable[[File, int | None], tuple[str, Config]]] = {
     "gemma3": _gemma3,
 }
 """By architecture: how its family and config are read, for texts of at most so many tokens."""
+ARCHITECTURES: dict[str, tuple[str, ...]] = {
+    arch: {"llama": ("llama", "mixtral"), "qwen3moe": ("qwen3_moe",)}.get(arch, (arch,)) for arch in CONFIGS
+}
+"""By architecture: the families that its files may be of."""
 
 
 # ---------------------------------------------------------------------------------------------------------- the weights
