@@ -176,10 +176,13 @@ def rope(
     width = x.shape[-1] if width is None else width
     f = jnp.asarray(rope_frequencies(width, theta, scaling))
     angle = positions.astype(jnp.float32)[:, :, None, None] * f.reshape(1, 1, 1, -1)
-    size = jnp.float32(getattr(scaling, "attention_factor", 1.0))
-    cos, sin = jnp.cos(angle) * size, jnp.sin(angle) * size
-    a, b, rest = jnp.split(x.astype(jnp.float32), (width // 2, width), -1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], -1).astype(x.dtype)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    if (size := getattr(scaling, "attention_factor", 1.0)) != 1.0:
+        cos, sin = cos * jnp.float32(size), sin * jnp.float32(size)
+    turned, rest = x[..., :width].astype(jnp.float32), x[..., width:]
+    a, b = jnp.split(turned, 2, -1)
+    turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
+    return turned if width == x.shape[-1] else jnp.concatenate([turned, rest], -1)
 
 
 @dataclasses.dataclass(frozen=True)
