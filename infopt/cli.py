@@ -1,4 +1,4 @@
-"""The command line: `infopt generate`, `infopt matrix`, `infopt bench`.
+"""The command line: `infopt generate`, `infopt plan`, `infopt matrix`, `infopt bench`.
 
 JAX and the rest of the library are imported inside the commands, so that `--help` and a mistyped option answer at once.
 """
@@ -31,6 +31,13 @@ examples:
   infopt generate smollm2-135m "Once upon a time" --temperature 0.8 --top-p 0.95 --seed 1
   infopt generate smollm2-135m "Dear Sir," --stack "quantize(bits=8) | sliding_window(256, sinks=4) | cache_kv(bits=8)"
   infopt generate ./model.gguf - --dtype keep --max-new 256 < prompt.txt
+"""
+PLAN_EXAMPLES = """\
+examples:
+  infopt plan                                                 what can I run on this machine?
+  infopt plan --device rtx4090,m3-max:36 --context 32768      and on those?
+  infopt plan smollm2-135m --context 8192 --batch 16 --device h100,a100,rtx4090,m3-max,cpu
+  infopt plan ./model.gguf --dtype keep --stack "sliding_window(1024, sinks=4) | cache_kv(bits=8)"
 """
 MATRIX_EXAMPLES = """\
 examples:
@@ -97,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
     _add_generate(commands)
+    _add_plan(commands)
     _add_matrix(commands)
     _add_bench(commands)
     return parser
@@ -157,6 +165,32 @@ def _add_generate(commands: Any) -> None:
     group.add_argument("--no-stats", action="store_true", help="leave the line of figures out")
     group.add_argument("--json", action="store_true", help="one JSON object in place of text")
     group.add_argument("--logprobs", action="store_true", help="with --json: each token's log-probability")
+
+
+def _add_plan(commands: Any) -> None:
+    summary = "what a stack takes of a device's memory, whether it fits, and how fast it could at most be"
+    parser = _command(commands, "plan", summary, PLAN_EXAMPLES)
+    parser.set_defaults(command=_plan)
+    parser.add_argument(
+        "model", nargs="?", metavar="MODEL", help="as for generate; its weights are not read (default: common sizes)"
+    )
+    parser.add_argument("--stack", default="cache_kv()", metavar="TEXT", help="as for generate (default: %(default)s)")
+    parser.add_argument(
+        "--context", type=int, metavar="N", help="positions a row (default: 8192, or the model's limit)"
+    )
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="rows (default: %(default)s)")
+    parser.add_argument(
+        "--device",
+        default="cpu",
+        metavar="LIST",
+        help="h100, a100, rtx4090, m3-max, tpu-v5e, ... with commas between; NAME:GB for another memory (default: cpu)",
+    )
+    dtypes = ["float32", "bfloat16", "float16", "keep"]
+    parser.add_argument("--dtype", default="float32", choices=dtypes, help="as for generate (default: %(default)s)")
+    parser.add_argument(
+        "--kv-dtype", default="float32", choices=dtypes[:3], help="of keys and values (default: %(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="JSON in place of tables")
 
 
 def _add_matrix(commands: Any) -> None:
@@ -288,6 +322,13 @@ def _stats(model: Any, out: Generation, first: float) -> str:
     if out.acceptance is not None:
         parts.append(f"acceptance {out.acceptance:.2f}, {out.tokens_per_round:.2f} tokens a round")
     return "; ".join(parts)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    _prepare_jax()
+    from infopt import planner
+
+    return planner.main(args)
 
 
 def _matrix(args: argparse.Namespace) -> int:
