@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from infopt.generation import Chunk, Generation, generate, stream
     from infopt.io import load
     from infopt.model import Emitted, Model, define, trainable
+    from infopt.planner import Plan, plan
     from infopt.qtensor import Format, QTensor
     from infopt.sampling import Sampling
     from infopt.spec import Config, Spec, Window, oracle
@@ -42,6 +43,7 @@ _NAMES = {
     "generation": ("Chunk", "Generation", "generate", "stream"),
     "io": ("load",),
     "model": ("Emitted", "Model", "define", "trainable"),
+    "planner": ("Plan", "plan"),
     "qtensor": ("Format", "QTensor"),
     "sampling": ("Sampling",),
     "spec": ("Config", "Spec", "Window", "oracle"),

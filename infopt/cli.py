@@ -1,4 +1,4 @@
-"""The command line: `infopt generate`, `infopt pull`, `list`, `show` and `rm`, `infopt matrix`, `infopt bench`.
+"""The command line: `infopt generate`, `pull`, `list`, `show`, `rm`, `families`, `plan`, `matrix` and `bench`.
 
 JAX and the rest of the library are imported inside the commands, so that `--help` and a mistyped option answer at once.
 """
@@ -38,6 +38,13 @@ examples:
 LIBRARY_EXAMPLES = """\
 NAME is one of infopt's own (smollm2-135m), hf:owner/name, hf:owner/name@revision, hf:owner/name:file.gguf, or an alias
 from models.toml.
+"""
+PLAN_EXAMPLES = """\
+examples:
+  infopt plan                                                 what can I run on this machine?
+  infopt plan --device rtx4090,m3-max:36 --context 32768      and on those?
+  infopt plan smollm2-135m --context 8192 --batch 16 --device h100,a100,rtx4090,m3-max,cpu
+  infopt plan ./model.gguf --dtype keep --stack "sliding_window(1024, sinks=4) | cache_kv(bits=8)"
 """
 MATRIX_EXAMPLES = """\
 examples:
@@ -118,6 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
     _add_generate(commands)
     _add_library(commands)
+    _add_plan(commands)
     _add_matrix(commands)
     _add_bench(commands)
     return parser
@@ -198,6 +206,32 @@ def _add_library(commands: Any) -> None:
     parser = _command(commands, "rm", "delete a fetched model, and say what was freed", LIBRARY_EXAMPLES)
     parser.set_defaults(command=_library, what="rm")
     parser.add_argument("names", metavar="NAME", nargs="+")
+
+
+def _add_plan(commands: Any) -> None:
+    summary = "what a stack takes of a device's memory, whether it fits, and how fast it could at most be"
+    parser = _command(commands, "plan", summary, PLAN_EXAMPLES)
+    parser.set_defaults(command=_plan)
+    parser.add_argument(
+        "model", nargs="?", metavar="MODEL", help="as for generate; its weights are not read (default: common sizes)"
+    )
+    parser.add_argument("--stack", default="cache_kv()", metavar="TEXT", help="as for generate (default: %(default)s)")
+    parser.add_argument(
+        "--context", type=int, metavar="N", help="positions a row (default: 8192, or the model's limit)"
+    )
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="rows (default: %(default)s)")
+    parser.add_argument(
+        "--device",
+        default="cpu",
+        metavar="LIST",
+        help="h100, a100, rtx4090, m3-max, tpu-v5e, ... with commas between; NAME:GB for another memory (default: cpu)",
+    )
+    dtypes = ["float32", "bfloat16", "float16", "keep"]
+    parser.add_argument("--dtype", default="float32", choices=dtypes, help="as for generate (default: %(default)s)")
+    parser.add_argument(
+        "--kv-dtype", default="float32", choices=dtypes[:3], help="of keys and values (default: %(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="JSON in place of tables")
 
 
 def _add_matrix(commands: Any) -> None:
@@ -359,6 +393,13 @@ def _library(args: argparse.Namespace) -> int:
     from infopt import library
 
     return getattr(library, args.what)(args)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    _prepare_jax()
+    from infopt import planner
+
+    return planner.main(args)
 
 
 def _matrix(args: argparse.Namespace) -> int:

@@ -14,6 +14,7 @@ PACKAGE = Path(infopt.__file__).parent
 
 ROOMS: list[tuple[str, ...]] = [
     ("errors", "typing"),
+    ("devices",),
     ("qtensor",),
     ("spec",),
     ("masks",),
@@ -26,6 +27,7 @@ ROOMS: list[tuple[str, ...]] = [
     ("reference",),
     ("io",),
     ("generation",),
+    ("planner",),
     ("testing",),
     ("infopt",),  # the package's own face, which gathers what is above it
     ("bench",),
