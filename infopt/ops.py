@@ -34,7 +34,7 @@ def _at(w: Any, layer: Any) -> Any:
     return jax.tree.map(slice_, w) if index else w
 
 
-_LOOPS_IN_PLACE = jaxlib.version.__version_info__ < (0, 11)
+LOOPS_IN_PLACE = jaxlib.version.__version_info__ < (0, 11)
 """Whether XLA's CPU code makes of a one-row `x @ w.T` a vector loop that reads a layer where it lies in the stack.
 
 Measured, a step of SmolLM2-135M: 0.75 of the time that a copied slice and its library product take with jaxlib 0.10.2;
@@ -43,7 +43,7 @@ from 0.11.2 on the loop is no longer vectorised, and takes 2.3 times as long as 
 
 
 def _product(x: Array, w: Array, in_place: bool) -> Array:
-    """x @ w.T, in the form that is fastest for one row: see `_LOOPS_IN_PLACE`."""
+    """x @ w.T, in the form that is fastest for one row: see `LOOPS_IN_PLACE`."""
     if in_place:
         return x @ w.T
     return jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())))
@@ -69,10 +69,10 @@ def linear(x: Float[Array, "*B I"], weights: Any, layer: Any = None, bias: Any =
     if is_qtensor(w):
         w = dataclasses.replace(w, scale=_no_gradient(w.scale))
         parts = list(zip(split_planes(rows, w), planes(w), strict=True))
-        in_place = _LOOPS_IN_PLACE and len(parts) == 1  # unpacking nibbles inside the loop costs more than a copy
+        in_place = LOOPS_IN_PLACE and len(parts) == 1  # unpacking nibbles inside the loop costs more than a copy
         y = functools.reduce(jnp.add, (_product(a, b.astype(x.dtype), in_place) for a, b in parts))
     else:
-        y = _product(rows, w.astype(x.dtype), _LOOPS_IN_PLACE)
+        y = _product(rows, w.astype(x.dtype), LOOPS_IN_PLACE)
     if bias is not None:
         y = y + jnp.broadcast_to(_at(bias, layer).astype(x.dtype), y.shape)
     return y.reshape(*x.shape[:-1], -1)

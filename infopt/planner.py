@@ -156,7 +156,7 @@ def _layers(
     c, formats = spec.config, dict(spec.weights)
     own = 4 if is_qtensor(params["embed"]) else params["embed"].dtype.itemsize  # bytes of an activation
     rows = batch * (tokens if spec.cache else context)  # without a cache all is computed again
-    in_place = cpu and ops._LOOPS_IN_PLACE and rows == 1
+    in_place = cpu and ops.LOOPS_IN_PLACE and rows == 1
 
     def copied(name: str, shape: tuple[int, ...], loop: bool) -> int:
         f = formats.get(name)
@@ -191,7 +191,7 @@ def _head(spec: Spec, params: Params, rows: int, cpu: bool) -> int:
 
 def _widened(params: Params, cache: Any) -> int:
     """Bytes of the float32 copies that XLA's CPU code before jaxlib 0.11 makes of 16-bit layers and caches, roughly."""
-    if not ops._LOOPS_IN_PLACE:
+    if not ops.LOOPS_IN_PLACE:
         return 0
     layers, cached = jax.tree.leaves(params["segments"], is_leaf=is_qtensor), jax.tree.leaves(cache)
     dense = [x for x in layers if not is_qtensor(x) and x.ndim > 2 and x.dtype.itemsize == 2]

@@ -416,7 +416,7 @@ def test_the_planner_is_found_whatever_is_imported_first() -> None:
 
 
 def test_assemble_and_the_shapes_agree_on_a_loaded_checkpoint() -> None:
-    checkpoint = planner._open(str(FIXTURES / "gemma3"), "float16")
+    checkpoint = planner.open_checkpoint(str(FIXTURES / "gemma3"), "float16")
     model = ip.Model.of(planner.FAMILIES[checkpoint.family], checkpoint.config)
     params = assemble(model.spec, checkpoint.weights)
     assert live(params) == planner.nbytes(planner.abstract_params(model.spec, jnp.float16))
