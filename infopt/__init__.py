@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from infopt.errors import InfoptError, TransformOrderError
     from infopt.generation import Chunk, Generation, generate, stream
     from infopt.io import load
+    from infopt.io.saved import save
     from infopt.model import Emitted, Model, define, trainable
     from infopt.qtensor import Format, QTensor
     from infopt.sampling import Sampling
@@ -41,6 +42,7 @@ _NAMES = {
     "errors": ("InfoptError", "TransformOrderError"),
     "generation": ("Chunk", "Generation", "generate", "stream"),
     "io": ("load",),
+    "io.saved": ("save",),
     "model": ("Emitted", "Model", "define", "trainable"),
     "qtensor": ("Format", "QTensor"),
     "sampling": ("Sampling",),

@@ -1,4 +1,4 @@
-"""Reading models: GGUF files, Hugging Face folders, and models by name."""
+"""Reading models: GGUF files, Hugging Face folders, saved stacks, and models by name; and writing them."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def load(name_or_path: str | Path, dtype: str = "float32") -> tuple[Model, Param
     """A model and its params, from a file, a folder or a name.
 
     Args:
-      name_or_path: a .gguf file, a Hugging Face folder (config.json, safetensors, tokenizer.json), or a name that
-        `infopt.io.hub` knows, such as "smollm2-135m".
+      name_or_path: a .gguf file, a Hugging Face folder (config.json, safetensors, tokenizer.json), a folder that
+        `infopt.save` wrote, or a name that `infopt.io.hub` knows, such as "smollm2-135m".
       dtype: what the weights become: "float32", "bfloat16" or "float16"; or "keep": a GGUF file's Q4_0, Q4_1 and Q8_0
         blocks stay packed, without loss, as QTensors, and all else becomes float32 (a warning lists what was packed
-        in other ways).
+        in other ways). A saved stack's weights keep the types in which they were saved.
 
     Returns:
       The model, with its tokenizer where the checkpoint has one, and its params. The weights are read one by one out
@@ -42,6 +42,10 @@ def load(name_or_path: str | Path, dtype: str = "float32") -> tuple[Model, Param
             why="those are the types that weights are read to.",
             fix=nearest(str(dtype), list(DTYPES)),
         )
+    if (path := Path(name_or_path).expanduser()).is_dir() and (path / "stack.json").exists():
+        from infopt.io import saved
+
+        return saved.load(path, dtype)
     checkpoint = _open(str(name_or_path), dtype)
     model = Model.of(
         FAMILIES[checkpoint.family], checkpoint.config, checkpoint.tokenizer, tuple(checkpoint.formats.items())
