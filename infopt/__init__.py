@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from infopt.errors import InfoptError, TransformOrderError
     from infopt.generation import Chunk, Generation, generate, stream
     from infopt.io import load
+    from infopt.io.export import export
     from infopt.io.saved import save
     from infopt.model import Emitted, Model, define, trainable
     from infopt.qtensor import Format, QTensor
@@ -42,6 +43,7 @@ _NAMES = {
     "errors": ("InfoptError", "TransformOrderError"),
     "generation": ("Chunk", "Generation", "generate", "stream"),
     "io": ("load",),
+    "io.export": ("export",),
     "io.saved": ("save",),
     "model": ("Emitted", "Model", "define", "trainable"),
     "qtensor": ("Format", "QTensor"),
