@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from infopt.errors import InfoptError, TransformOrderError
     from infopt.generation import Chunk, Generation, generate, stream
     from infopt.io import load
+    from infopt.io.export import export
+    from infopt.io.saved import save
     from infopt.model import Emitted, Model, define, trainable
     from infopt.planner import Plan, plan
     from infopt.qtensor import Format, QTensor
@@ -42,6 +44,8 @@ _NAMES = {
     "errors": ("InfoptError", "TransformOrderError"),
     "generation": ("Chunk", "Generation", "generate", "stream"),
     "io": ("load",),
+    "io.export": ("export",),
+    "io.saved": ("save",),
     "model": ("Emitted", "Model", "define", "trainable"),
     "planner": ("Plan", "plan"),
     "qtensor": ("Format", "QTensor"),

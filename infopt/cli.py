@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from infopt.generation import Chunk, Generation
 
 START = time.perf_counter()
+STACK = "cache_kv()"  # where none is given
 USAGE, INTERRUPTED, PIPE_CLOSED = 2, 130, 141  # exit codes; the last two as a shell reports SIGINT and SIGPIPE
 
 GENERATE_EXAMPLES = """\
@@ -147,12 +148,12 @@ def _add_generate(commands: Any) -> None:
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="a name (smollm2-135m, hf:owner/name, an alias), a .gguf file or a Hugging Face folder",
+        help="a name (smollm2-135m, hf:owner/name, an alias), a .gguf file, a Hugging Face folder or a saved stack",
     )
     parser.add_argument("prompt", metavar="PROMPT", help="the text to continue; - reads it from standard input")
     parser.add_argument(
         "--stack",
-        default="cache_kv()",
+        default=STACK,
         metavar="TEXT",
         help="transforms, the first one applied first, with | between (default: %(default)s); none for the bare model",
     )
@@ -311,6 +312,8 @@ def _generate(args: argparse.Namespace) -> int:
     # A mistake in the stack is told before the wait for a model.
     transform = None if args.stack.strip() in ("", "none") else ip.parse_stack(args.stack)
     model, params = ip.load(args.model, dtype=args.dtype)
+    if args.stack == STACK and model.spec.cache:  # a saved stack may have its cache already
+        transform = None
     if transform is not None:
         model = transform(model)
         params = model.convert(params)

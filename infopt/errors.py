@@ -42,7 +42,7 @@ class SamplingError(InfoptError):
 
 
 class CheckpointError(InfoptError):
-    """A model file is damaged, foreign, or does not hold what its config says."""
+    """A model file is damaged, foreign, does not hold what its config says, or cannot be written."""
 
 
 class FetchError(InfoptError):

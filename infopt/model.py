@@ -749,6 +749,7 @@ class Model:
       recipe: how its params came about.
       tokenizer: or None: then text is an error, and token ids are fine.
       parent, transform: the model that it was made from, and by what; None for a base model.
+      restored_exact: of a base that is a saved stack: whether it was exact when it was saved.
     """
 
     spec: Spec
@@ -756,6 +757,7 @@ class Model:
     tokenizer: Any = None
     parent: Model | None = dataclasses.field(default=None, compare=False, repr=False)
     transform: Transform | None = dataclasses.field(default=None, compare=False, repr=False)
+    restored_exact: bool = dataclasses.field(default=True, compare=False, repr=False)
 
     @staticmethod
     def of(
@@ -790,15 +792,22 @@ class Model:
 
     @property
     def exact(self) -> bool:
-        """Whether every transform since the base gives what it was given, to float rounding."""
-        return self.transform is None or (self.transform.exact and self.parent is not None and self.parent.exact)
+        """Whether every transform of the recipe gives what it was given, to float rounding."""
+        if self.transform is None or self.parent is None:
+            return self.restored_exact
+        return self.transform.exact and self.parent.exact
 
     def init(self, key: Array, **extra: Any) -> Params:
         """Random params: the base's, converted; `extra` as for `convert`."""
-        base, spec = self.base, self.base.spec
-        weights = family_of(spec).init(spec.config, key)
-        packed = {n: quantize_array(weights[n], f, trailing=2) for n, f in spec.weights}
-        return self.convert(assemble(base.spec, weights | packed), **extra)
+
+        def random(spec: Spec) -> Params:
+            if spec.program is not None:  # a saved stack is a base, and may be a pair
+                return {"target": random(spec.replace(program=None)), "draft": random(spec.program.draft)}
+            weights = family_of(spec).init(spec.config, key)
+            packed = {n: quantize_array(weights[n], f, trailing=2) for n, f in spec.weights}
+            return assemble(spec, weights | packed)
+
+        return self.convert(random(self.base.spec), **extra)
 
     def convert(self, params: Params, source: Model | None = None, platform: str | None = None, **extra: Any) -> Params:
         """Params of this stack, from those of the base, or of an ancestor.
@@ -925,7 +934,7 @@ def spec_from_json(text: str) -> Spec:
 
     try:
         return spec(json.loads(text))
-    except (KeyError, TypeError, ValueError) as e:
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as e:
         if isinstance(e, InfoptError):
             raise
         raise InfoptError(

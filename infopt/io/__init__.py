@@ -1,4 +1,4 @@
-"""Reading models: GGUF files, Hugging Face folders, and models by name."""
+"""Reading models: GGUF files, Hugging Face folders, saved stacks, and models by name; and writing them."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ def load(name_or_path: str | Path, dtype: str = "float32", context: int | None =
     """A model and its params, from a file, a folder or a name.
 
     Args:
-      name_or_path: a .gguf file, a Hugging Face folder (config.json, safetensors, tokenizer.json), or a name: one of
-        infopt's own ("smollm2-135m"), a model of the Hugging Face hub ("hf:owner/name", "hf:owner/name@revision",
-        "hf:owner/name:file.gguf"), or an alias of your own. What is not on this machine is fetched.
+      name_or_path: a .gguf file, a Hugging Face folder (config.json, safetensors, tokenizer.json), a folder that
+        `infopt.save` wrote, or a name: one of infopt's own ("smollm2-135m"), a model of the Hugging Face hub
+        ("hf:owner/name", "hf:owner/name@revision", "hf:owner/name:file.gguf"), or an alias of your own. What is not on
+        this machine is fetched.
       dtype: what the weights become: "float32", "bfloat16" or "float16"; or "keep": a GGUF file's Q4_0, Q4_1 and Q8_0
         blocks stay packed, without loss, as QTensors, and all else becomes float32 (a warning lists what was packed
-        in other ways).
+        in other ways). A saved stack's weights keep the types in which they were saved.
       context: tokens that a text will have at most. Models whose positions are stretched by how long a text is (dynamic
         and longrope scaling) are stretched for this length; others are just held to it. The model's own by default.
 
@@ -43,9 +44,21 @@ def load(name_or_path: str | Path, dtype: str = "float32", context: int | None =
       why: a name with a slash or a file's ending is taken for a path.
       fix: check the path; for a model by name write infopt.load("smollm2-135m")
     """
+    from infopt.io import names
     from infopt.model import FAMILIES, Model, assemble
 
-    checkpoint = open_checkpoint(name_or_path, dtype, context)
+    path = names.locate(name_or_path)
+    if (path / "stack.json").is_file():
+        from infopt.io import saved
+
+        if context is not None:
+            raise CheckpointError(
+                f"{path} is a saved stack, whose context is settled.",
+                why="its positions may be stretched for it.",
+                fix="leave context out, or load the checkpoint that the stack was made of",
+            )
+        return saved.load(path, dtype)
+    checkpoint = open_checkpoint(path, dtype, context)
     model = Model.of(
         FAMILIES[checkpoint.family], checkpoint.config, checkpoint.tokenizer, tuple(checkpoint.formats.items())
     )
