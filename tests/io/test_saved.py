@@ -431,7 +431,7 @@ def test_a_save_that_ends_anywhere_leaves_the_old_stack_or_the_new_one(how: str,
 
 
 def test_a_disk_that_refuses_bytes_is_told_and_the_old_stack_stays(tmp_path: Path) -> None:
-    resource = pytest.importorskip("resource")
+    pytest.importorskip("resource")
     model = tiny(vocab=4000)
     params = model.init(jax.random.key(0))
     ip.save(tmp_path / "stack", model, params)
