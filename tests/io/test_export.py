@@ -20,10 +20,11 @@ from safetensors import safe_open
 
 import infopt as ip
 from infopt.errors import CheckpointError, ParamsError
+from infopt.io.export import CONFIGS
 from infopt.io.tokenizer import Tokenizer
 from infopt.model import FAMILIES as DEFINED
 from infopt.model import Weights
-from infopt.testing import FAMILIES, base_of
+from infopt.testing import base_of
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 GOLDEN = {"llama": ("llama", ""), "llama_pooled": ("llama", "gqa(1)"), "llama_tied": ("llama_tied", ""),
@@ -61,7 +62,7 @@ def test_transformers_computes_the_same_with_an_exported_folder(name: str, tmp_p
     assert np.abs(got - want).max() < 1e-4 * want.std()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CONFIGS)
 @pytest.mark.parametrize("stack", ["", "gqa(1)", "gqa(1) | cache_kv() | paged(4)", "quantize(bits=8) | dequantize()"])
 def test_an_exported_model_loads_again_bit_for_bit(family: str, stack: str, tmp_path: Path) -> None:
     base, params = base_of(family)
