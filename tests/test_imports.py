@@ -26,6 +26,7 @@ ROOMS: list[tuple[str, ...]] = [
     ("reference",),
     ("io",),
     ("generation",),
+    ("chat",),
     ("testing",),
     ("infopt",),  # the package's own face, which gathers what is above it
     ("bench",),

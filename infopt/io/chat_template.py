@@ -17,13 +17,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, cast
 
 import jinja2
 import jinja2.ext
 import jinja2.nodes as nodes
 import jinja2.runtime
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
 
 from infopt.errors import CheckpointError, PromptError
 
@@ -81,7 +82,7 @@ def _size(value: Any, limit: float = float("inf")) -> int:
             stack += x.values()
         elif isinstance(x, list | tuple | set | frozenset | collections.abc.MappingView):
             total += 1 + len(x)
-            stack += x
+            stack.extend(iter(cast(Any, x)))
         else:
             total += 1
     return total
@@ -132,19 +133,19 @@ class _Meter:
             self.format(text, values[1:])
 
 
-class _Namespace(jinja2.runtime.Namespace):
+class _Namespace(Namespace):
     """`namespace()`, whose attributes do not begin with a low line, and whose text does not show what it holds."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:
         self, args = args[0], args[1:]
-        jinja2.runtime.Namespace.__init__(self)
+        Namespace.__init__(self)
         for name, value in dict(*args, **kwargs).items():
             self[name] = value
 
     def __setitem__(self, name: str, value: Any) -> None:
         if name.startswith("_"):
             raise jinja2.TemplateError(f"a namespace cannot hold {name!r}")
-        jinja2.runtime.Namespace.__setitem__(self, name, value)
+        Namespace.__setitem__(self, name, value)
 
     def __repr__(self) -> str:
         return "<namespace>"
@@ -262,7 +263,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         self._rewrite(tree)
         return self.from_string(tree)
 
-    def _filter(self, node: nodes.Expr, name: str, *args: nodes.Expr) -> nodes.Filter:
+    def _filter(self, node: Any, name: str, *args: nodes.Expr) -> Any:
         new = nodes.Filter(node, name, list(args), [], None, None, lineno=node.lineno)
         return new.set_environment(self)
 
