@@ -107,12 +107,13 @@ def test_a_turn_reads_only_what_is_new_and_answers_as_a_fresh_generate(stack: st
         before = [*prompt, *out.tokens][:-1]
 
 
-def test_a_ring_that_has_forgotten_is_filled_from_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ring_goes_round_and_what_it_has_forgotten_is_read_again() -> None:
     model, params = stacked(STACKS["ring"])
     chat = ip.Chat(model, params, max_new=NEW)
     for text in ("first", "y" * 200, "third"):
         say(chat, text)
-    assert turn(chat).prefilled < 40
+        assert chat.messages[-1]["content"] == fresh(model, params, chat.messages).text
+    assert turn(chat).prefilled < 40  # the ring has gone round, and is still of use
     chat.undo()
     chat.undo()
     say(chat, "other")  # beyond what the ring looks ahead
