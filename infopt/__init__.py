@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from infopt import bench, models, testing
     from infopt.cache import State, rollback
+    from infopt.chat import Chat
     from infopt.errors import InfoptError, TransformOrderError
     from infopt.generation import Chunk, Generation, generate, stream
     from infopt.io import load
@@ -41,6 +42,7 @@ __version__ = "0.1.0"
 _MODULES = ("bench", "models", "testing")
 _NAMES = {
     "cache": ("State", "rollback"),
+    "chat": ("Chat",),
     "errors": ("InfoptError", "TransformOrderError"),
     "generation": ("Chunk", "Generation", "generate", "stream"),
     "io": ("load",),

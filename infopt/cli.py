@@ -1,4 +1,4 @@
-"""The command line: `infopt generate`, `pull`, `list`, `show`, `rm`, `families`, `plan`, `matrix` and `bench`.
+"""The command line: `infopt generate`, `chat`, `pull`, `list`, `show`, `rm`, `families`, `plan`, `matrix`, `bench`.
 
 JAX and the rest of the library are imported inside the commands, so that `--help` and a mistyped option answer at once.
 """
@@ -35,6 +35,11 @@ examples:
   infopt generate smollm2-135m "Once upon a time" --temperature 0.8 --top-p 0.95 --seed 1
   infopt generate smollm2-135m "Dear Sir," --stack "quantize(bits=8) | sliding_window(256, sinks=4) | cache_kv(bits=8)"
   infopt generate ./model.gguf - --dtype keep --max-new 256 < prompt.txt
+"""
+CHAT_EXAMPLES = """\
+examples:
+  infopt chat smollm2-135m
+  infopt chat smollm2-135m --stack "quantize(bits=8) | cache_kv()" --system "Answer in one sentence."
 """
 LIBRARY_EXAMPLES = """\
 NAME is one of infopt's own (smollm2-135m), hf:owner/name, hf:owner/name@revision, hf:owner/name:file.gguf, or an alias
@@ -125,6 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
     _add_generate(commands)
+    _add_chat(commands)
     _add_library(commands)
     _add_plan(commands)
     _add_matrix(commands)
@@ -142,15 +148,13 @@ def _command(commands: Any, name: str, summary: str, examples: str) -> argparse.
     )
 
 
-def _add_generate(commands: Any) -> None:
-    parser = _command(commands, "generate", "continue a prompt", GENERATE_EXAMPLES)
-    parser.set_defaults(command=_generate)
+def _add_model(parser: argparse.ArgumentParser, max_new: int) -> None:
+    """What model answers, and how: the same for all commands that generate."""
     parser.add_argument(
         "model",
         metavar="MODEL",
         help="a name (smollm2-135m, hf:owner/name, an alias), a .gguf file, a Hugging Face folder or a saved stack",
     )
-    parser.add_argument("prompt", metavar="PROMPT", help="the text to continue; - reads it from standard input")
     parser.add_argument(
         "--stack",
         default=STACK,
@@ -181,9 +185,16 @@ def _add_generate(commands: Any) -> None:
 
     group = parser.add_argument_group("when to stop")
     group.add_argument(
-        "-n", "--max-new", type=int, default=128, metavar="N", help="at most N tokens (default: %(default)s)"
+        "-n", "--max-new", type=int, default=max_new, metavar="N", help="at most N tokens (default: %(default)s)"
     )
     group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="stop before TEXT; may be repeated")
+
+
+def _add_generate(commands: Any) -> None:
+    parser = _command(commands, "generate", "continue a prompt", GENERATE_EXAMPLES)
+    parser.set_defaults(command=_generate)
+    _add_model(parser, max_new=128)
+    parser.add_argument("prompt", metavar="PROMPT", help="the text to continue; - reads it from standard input")
 
     group = parser.add_argument_group("output: text on standard output, figures on standard error")
     group.add_argument("--no-echo", action="store_true", help="leave the prompt out")
@@ -191,6 +202,15 @@ def _add_generate(commands: Any) -> None:
     group.add_argument("--no-stats", action="store_true", help="leave the line of figures out")
     group.add_argument("--json", action="store_true", help="one JSON object in place of text")
     group.add_argument("--logprobs", action="store_true", help="with --json: each token's log-probability")
+
+
+def _add_chat(commands: Any) -> None:
+    parser = _command(
+        commands, "chat", "talk with a model; /help there lists what a line can begin with", CHAT_EXAMPLES
+    )
+    parser.set_defaults(command=_chat)
+    _add_model(parser, max_new=512)
+    parser.add_argument("--system", metavar="TEXT", help="the system message (default: the template's own, if any)")
 
 
 def _add_library(commands: Any) -> None:
@@ -390,6 +410,16 @@ def _stats(model: Any, out: Generation, first: float) -> str:
     if out.acceptance is not None:
         parts.append(f"acceptance {out.acceptance:.2f}, {out.tokens_per_round:.2f} tokens a round")
     return "; ".join(parts)
+
+
+def _chat(args: argparse.Namespace) -> int:
+    for stream in (sys.stdin, sys.stdout):  # as for generate
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="surrogateescape" if stream is sys.stdin else "replace")
+    _prepare_jax()
+    from infopt import chat
+
+    return chat.main(args)
 
 
 def _library(args: argparse.Namespace) -> int:

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from infopt.cache import State
-from infopt.errors import PromptError
+from infopt.cache import State, rollback
+from infopt.errors import InfoptError, PromptError
 from infopt.model import Functions, Model, build, check_length, check_params, context_limit
 from infopt.sampling import Sampling
 from infopt.spec import Spec
@@ -88,6 +88,34 @@ class Generation:
     def tokens_per_round(self) -> float:
         """1 for plain decoding, up to k + 1 under speculation."""
         return self.emitted / max(self.rounds, 1)
+
+
+@dataclasses.dataclass
+class Held:
+    """One row's state from one call to the next: what it has read is not read again.
+
+    Args:
+      state: None before the first call, and after one that was cut off within a step.
+      tokens: those whose keys and values the state holds.
+      prefilled: tokens that the last call read in before it decoded.
+    """
+
+    state: State | None = None
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    prefilled: int = 0
+
+    def take(self, row: list[int], length: int) -> State | None:
+        """The state, rolled back to what it has in common with a row; None where that cannot be, or none is held."""
+        state, self.state = self.state, None
+        if state is None or state.max_len != length:
+            return None
+        common = 0
+        while common < min(len(self.tokens), len(row) - 1) and self.tokens[common] == row[common]:
+            common += 1
+        try:
+            return rollback(state, len(self.tokens) - common)
+        except InfoptError:  # a ring has forgotten what came before
+            return None
 
 
 class Compiled:
@@ -430,6 +458,27 @@ def generate(
             callback(chunk)
 
 
+def answer(
+    model: Model,
+    params: Params,
+    prompt: list[int],
+    held: Held,
+    *,
+    max_new: int,
+    max_len: int,
+    stop: str | Sequence[str] = (),
+    stop_tokens: Sequence[int] | None = None,
+    **sampling: Any,
+) -> Generator[Chunk, None, Generation]:
+    """`stream` for one prompt of token ids, by a state that is held from one call to the next.
+
+    Args:
+      held: what it has in common with the prompt is not read again; changed as the answer grows.
+      max_len: slots of the state; a held one of another length is given up.
+    """
+    return _start(model, params, prompt, max_new, stop, stop_tokens, max_len, _ROUNDS_STREAMED, sampling, held)
+
+
 def _start(
     model: Model,
     params: Params,
@@ -440,6 +489,7 @@ def _start(
     max_len: int | None,
     rounds_a_call: int,
     options: dict[str, Any],
+    held: Held | None = None,
 ) -> Generator[Chunk, None, Generation]:
     """Check everything that the caller gave; the generator that is returned does the work."""
     spec, tokenizer = model.spec, model.tokenizer
@@ -474,7 +524,7 @@ def _start(
     longest = max(map(len, rows))
     sampling = Sampling.of(len(rows), **options)
     length = _length(spec, longest, max_new, max_len)
-    return _run(model, params, rows, single, sampling, length, max_new, stop, enders, rounds_a_call)
+    return _run(model, params, rows, single, sampling, length, max_new, stop, enders, rounds_a_call, held)
 
 
 def _run(
@@ -488,6 +538,7 @@ def _run(
     stop: tuple[str, ...],
     enders: list[int],
     rounds_a_call: int,
+    held: Held | None,
 ) -> Generator[Chunk, None, Generation]:
     spec, tokenizer = model.spec, model.tokenizer
     batch, longest = len(rows), max(map(len, rows))
@@ -495,9 +546,13 @@ def _run(
     compiling = prefill.seconds + rounds.seconds
 
     began = time.perf_counter()
-    state = build(spec).init_state(batch, length, chunk=min(max(BUCKETS), length))
+    state = held.take(rows[0], length) if held is not None else None
+    if state is None:
+        state = build(spec).init_state(batch, length, chunk=min(max(BUCKETS), length))
     sizes = np.array([len(r) - 1 for r in rows])
-    done = 0
+    done = int(state.lengths[0])
+    if held is not None:
+        held.prefilled = longest - 1 - done
     while done < longest - 1:
         size = next(b for b in BUCKETS if b >= min(longest - 1 - done, max(BUCKETS)))
         size = min(size, length)
@@ -509,6 +564,9 @@ def _run(
         state = prefill(params, jnp.asarray(tokens), state, jnp.asarray(count))
         done += size
     jax.block_until_ready(state.lengths)
+    read = list(rows[0])
+    if held is not None:
+        held.state, held.tokens = state, read[:-1]
     prefilled = time.perf_counter()
     compiled_prefill = prefill.seconds + rounds.seconds - compiling
 
@@ -523,12 +581,17 @@ def _run(
     while budget.any():
         start = time.perf_counter()
         compiled_before = rounds.seconds
+        if held is not None:
+            held.state = None  # donated
         last, state, left, filled, tokens, logps, t, o = rounds(
             params, last, state, sampling, jnp.asarray(budget), stops, jnp.int32(limit)
         )
         left, filled, tokens, logps = (np.array(x) for x in (left, filled, tokens, logps))
         took, offered, emitted = took + int(t.sum()), offered + int(o.sum()), emitted + int(filled.sum())
         decoding += time.perf_counter() - start - (rounds.seconds - compiled_before)
+        if held is not None:
+            read += tokens[0, : filled[0]].tolist()
+            held.state, held.tokens = state, read[: int(state.lengths[0])]
         for b, text in enumerate(texts):
             if not budget[b]:
                 continue

@@ -27,7 +27,7 @@ ROOMS: list[tuple[str, ...]] = [
     ("reference",),
     ("io",),
     ("generation",),
-    ("planner",),
+    ("planner", "chat"),
     ("testing",),
     ("infopt",),  # the package's own face, which gathers what is above it
     ("bench",),

@@ -21,6 +21,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, quants
 
 from infopt.errors import CheckpointError, nearest
+from infopt.io.chat_template import read_template
 from infopt.io.checkpoint import (
     DTYPES,
     Checkpoint,
@@ -651,6 +652,11 @@ def _warn_of_unkept(f: File) -> None:
 # -------------------------------------------------------------------------------------------------------- the tokenizer
 
 
+SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+"""Special tokens by their names in chat templates, and in a GGUF file."""
+TEMPLATES = {"default": "", "tool_use": ".tool_use"}
+
+
 def _tokenizer(f: File) -> Tokenizer | None:
     kind = f.fields.get("tokenizer.ggml.model")
     if kind in (None, "none", "no_vocab"):
@@ -668,8 +674,9 @@ def _tokenizer(f: File) -> Tokenizer | None:
     if f.get("tokenizer.ggml.add_bos_token", bool, pre == "llama-bpe"):
         bos = f.get("tokenizer.ggml.bos_token_id", int)
     ends = [f.fields.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")]
-    return Tokenizer.from_tables(
-        f.get("tokenizer.ggml.tokens", list),
+    words = f.get("tokenizer.ggml.tokens", list)
+    tokenizer = Tokenizer.from_tables(
+        words,
         f.get("tokenizer.ggml.merges", list),
         f.get("tokenizer.ggml.token_type", list, []),
         pre,
@@ -677,3 +684,8 @@ def _tokenizer(f: File) -> Tokenizer | None:
         eos_ids=tuple(dict.fromkeys(i for i in ends if i is not None)),
         where=f.name,
     )
+    named = {f"{key}_token": f.fields.get(f"tokenizer.ggml.{name}_token_id") for key, name in SPECIAL.items()}
+    special = {k: words[i] for k, i in named.items() if isinstance(i, int) and 0 <= i < len(words)}
+    templates = {name: f.fields.get(f"tokenizer.chat_template{end}") for name, end in TEMPLATES.items()}
+    known = {name: text for name, text in templates.items() if text is not None}
+    return dataclasses.replace(tokenizer, template=read_template(known or None, special, f.name))

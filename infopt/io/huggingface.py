@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
@@ -14,6 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from infopt.errors import CheckpointError, nearest
+from infopt.io.chat_template import MAX_SOURCE, ChatTemplate, read_template
 from infopt.io.checkpoint import (
     DTYPES,
     Checkpoint,
@@ -645,4 +647,28 @@ def _tokenizer(folder: Path, settings: _Json) -> Tokenizer | None:
     if (generation := folder / "generation_config.json").exists():
         eos = _read_json(generation).values.get("eos_token_id")
     eos = settings.values.get("eos_token_id") if eos is None else eos
-    return Tokenizer.from_file(path, [eos] if isinstance(eos, int) else eos or [])
+    tokenizer = Tokenizer.from_file(path, [eos] if isinstance(eos, int) else eos or [])
+    return dataclasses.replace(tokenizer, template=_template(folder))
+
+
+def _template(folder: Path) -> ChatTemplate | None:
+    """A file of its own comes before what tokenizer_config.json says."""
+    path, values = folder / "tokenizer_config.json", {}
+    if path.exists():
+        values = _read_json(path).values
+    named = {k: v["content"] if isinstance(v, dict) and "content" in v else v for k, v in values.items()}
+    special = {k: v for k, v in named.items() if k.endswith("_token") and isinstance(v, str)}
+    text: Any = values.get("chat_template")
+    if (own := folder / "chat_template.jinja").exists():
+        text = {"default": _read_template(own)}
+        if (tool_use := folder / "additional_chat_templates" / "tool_use.jinja").exists():
+            text["tool_use"] = _read_template(tool_use)
+    return read_template(text, special, str(folder))
+
+
+def _read_template(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return file.read(4 * MAX_SOURCE + 1).decode("utf-8", "replace")
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read.", why=str(error), fix="fetch the model again") from error

@@ -15,6 +15,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
 
 from infopt.errors import CheckpointError, PromptError, nearest
+from infopt.io.chat_template import ChatTemplate, no_template
 
 LLAMA3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -31,10 +32,12 @@ class Tokenizer:
     Args:
       backend: the `tokenizers.Tokenizer`; `backend.to_str()` is a tokenizer.json.
       eos_ids: tokens that end a text.
+      template: how conversations are written, or None.
     """
 
     backend: tokenizers.Tokenizer
     eos_ids: tuple[int, ...] = ()
+    template: ChatTemplate | None = None
 
     @staticmethod
     def from_file(path: Path, eos_ids: Sequence[int] = ()) -> Tokenizer:
@@ -124,8 +127,27 @@ class Tokenizer:
             )
         return Tokenizer(backend, tuple(eos_ids))
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids, with a start of text where the model was trained with one.
+    def chat(self, messages: Any, tools: Any = None, add_generation_prompt: bool = True) -> str:
+        """The text of a conversation, by the model's own template: what `encode(text, special=False)` makes tokens of.
+
+        As in `transformers`, a special token that a message spells out (`<|im_end|>`) becomes that very token: whoever
+        may write a message may end it, and begin another of any role. Who passes on what others write takes such
+        texts out before.
+
+        Args:
+          messages: mappings with `role` and `content`, and what else the template reads.
+          tools: JSON schemas of functions, for templates that know tools.
+          add_generation_prompt: whether the text ends where the assistant's answer begins.
+
+        Raises:
+          PromptError: there is no template, or it refuses these messages, fails, or wants more than it may have.
+        """
+        if self.template is None:
+            raise no_template()
+        return self.template.render(messages, tools, add_generation_prompt)
+
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """Token ids, with a start of text where the model was trained with one (unless `special` is False).
 
         As in the reference implementation, a byte that the vocabulary has no token for is dropped (SmolLM2 lacks some
         control characters).
@@ -134,7 +156,7 @@ class Tokenizer:
           PromptError: not a text of Unicode characters.
         """
         try:
-            return self.backend.encode(text).ids
+            return self.backend.encode(text, add_special_tokens=special).ids
         except TypeError as error:
             what = "a lone surrogate" if isinstance(text, str) else f"a {type(text).__name__}"
             raise PromptError(
