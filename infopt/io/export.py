@@ -251,6 +251,12 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     if tokenizer.eos_ids:
         settings["eos_token"] = tokenizer.backend.id_to_token(tokenizer.eos_ids[0])
+    if (template := tokenizer.template) is not None:
+        settings |= template.special
+        (folder / "chat_template.jinja").write_text(template.source, encoding="utf-8")
+        if template.tool_use is not None:
+            (folder / "additional_chat_templates").mkdir()
+            (folder / "additional_chat_templates" / "tool_use.jinja").write_text(template.tool_use, encoding="utf-8")
     _write_json(folder / "tokenizer_config.json", settings)
 
 

@@ -34,6 +34,7 @@ import numpy as np
 import infopt.models  # noqa: F401 (a Spec names its family: the library's own must be defined)
 from infopt.errors import CheckpointError, InfoptError
 from infopt.io import disk
+from infopt.io.chat_template import ChatTemplate
 from infopt.io.checkpoint import LazyWeights, check_layers
 from infopt.io.tokenizer import Tokenizer
 from infopt.model import Model, Weights, assemble, check_params, shapes, spec_from_json
@@ -181,9 +182,33 @@ def _header_of(model: Model) -> dict[str, Any]:
         "exact": model.exact,
         "tokenizer": None
         if tokenizer is None
-        else {"digest": tokenizer.digest, "eos_ids": [int(i) for i in tokenizer.eos_ids]},
+        else {
+            "digest": tokenizer.digest,
+            "eos_ids": [int(i) for i in tokenizer.eos_ids],
+            "template": _template_of(tokenizer),
+        },
         "data": f"data-{secrets.token_hex(8)}",
     }
+
+
+def _template_of(tokenizer: Tokenizer) -> dict[str, Any] | None:
+    if (template := tokenizer.template) is None:
+        return None
+    return {"source": template.source, "tool_use": template.tool_use, "special": dict(template.special)}
+
+
+def _read_template(folder: Path, plain: Any) -> ChatTemplate | None:
+    """A chat template; stacks saved before there were any have no key for it."""
+    if plain is None:
+        return None
+    try:
+        source, tool_use, special = plain["source"], plain["tool_use"], plain["special"]
+        texts = [source, *([] if tool_use is None else [tool_use]), *special.keys(), *special.values()]
+        if not all(isinstance(x, str) for x in texts):
+            raise TypeError("a value is no text")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _damaged(folder, f"{HEADER}: the chat template: {type(error).__name__}: {error}") from error
+    return ChatTemplate(source, tool_use, special, where=str(folder))
 
 
 def _unsaveable(model: Model, why: str) -> CheckpointError:
@@ -319,10 +344,11 @@ def _read_tokenizer(data: Path, header: dict[str, Any]) -> Tokenizer | None:
     if header["tokenizer"] is None:
         return None
     _size(data / "tokenizer.json")
+    template = _read_template(data.parent, header["tokenizer"].get("template"))
     tokenizer = Tokenizer.from_file(data / "tokenizer.json", header["tokenizer"]["eos_ids"])
     if tokenizer.digest != header["tokenizer"]["digest"]:
         raise _damaged(data.parent, "its tokenizer.json has another vocabulary than was saved")
-    return tokenizer
+    return dataclasses.replace(tokenizer, template=template)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

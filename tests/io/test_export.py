@@ -20,6 +20,7 @@ from safetensors import safe_open
 
 import infopt as ip
 from infopt.errors import CheckpointError, ParamsError
+from infopt.io.chat_template import ChatTemplate
 from infopt.io.export import CONFIGS
 from infopt.io.tokenizer import Tokenizer
 from infopt.model import FAMILIES as DEFINED
@@ -205,3 +206,13 @@ def test_an_export_that_fails_leaves_nothing(
     assert os.strerror(number) in refused.value.why
     assert ("space" in refused.value.fix) == (number == errno.ENOSPC)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_chat_template_goes_along(tmp_path: Path) -> None:
+    template = ChatTemplate("{{ bos_token }}{{ messages[0].content }}", "{{ tools }}", {"bos_token": "<s>"})
+    model, params = ip.load(FIXTURES / "llama")
+    model = dataclasses.replace(model, tokenizer=dataclasses.replace(words((3,)), template=template))
+    ip.export(tmp_path / "out", model, params)
+    tokenizer = ip.load(tmp_path / "out")[0].tokenizer
+    assert tokenizer.chat([{"role": "user", "content": "Hi"}]) == "<s>Hi"
+    assert tokenizer.template.tool_use == "{{ tools }}"

@@ -26,6 +26,7 @@ import infopt as ip
 from infopt import cli, ops
 from infopt.errors import CheckpointError, InfoptError, ParamsError
 from infopt.io import saved
+from infopt.io.chat_template import ChatTemplate
 from infopt.io.tokenizer import Tokenizer
 from infopt.model import FAMILIES as DEFINED
 from infopt.spec import Config
@@ -626,3 +627,23 @@ def test_random_damage_gives_our_error_or_a_whole_stack(damaged: Callable[..., P
         path.write_bytes(before)
     assert refused > 100
     assert saved.load(folder, "float32")
+
+
+def test_the_chat_template_comes_back(tmp_path: Path) -> None:
+    template = ChatTemplate("{{ bos_token }}{{ messages[0].content }}", "{{ tools }}", {"bos_token": "<s>"})
+    model = dataclasses.replace(tiny(), tokenizer=dataclasses.replace(words(11), template=template))
+    ip.save(tmp_path / "stack", model, model.init(jax.random.key(0)))
+    tokenizer = ip.load(tmp_path / "stack")[0].tokenizer
+    assert tokenizer.chat([{"role": "user", "content": "Hi"}]) == "<s>Hi"
+    assert tokenizer.template.tool_use == "{{ tools }}"
+
+
+@pytest.mark.parametrize("template", [3, {"source": "x"}, {"source": 1, "tool_use": None, "special": {}}], ids=str)
+def test_a_damaged_chat_template_is_refused(template: Any, tmp_path: Path) -> None:
+    model = dataclasses.replace(tiny(), tokenizer=words(11))
+    ip.save(tmp_path / "stack", model, model.init(jax.random.key(0)))
+    header = json.loads((tmp_path / "stack" / "stack.json").read_text())
+    header["tokenizer"]["template"] = template
+    (tmp_path / "stack" / "stack.json").write_text(json.dumps(header))
+    with pytest.raises(CheckpointError, match="the chat template"):
+        ip.load(tmp_path / "stack")
