@@ -352,13 +352,13 @@ def test_ctrl_c_ends_the_answer_and_the_session_goes_on(talk: Any, tmp_path: Pat
 
     assert threading.current_thread() is threading.main_thread()
     monkeypatch.setattr(ip.Chat, "send", interrupted)
-    path = tmp_path / "m.json"
+    path, before = tmp_path / "m.json", signal.getsignal(signal.SIGINT)
     code, out, err = talk("long", "/stats", "more", "/stats", f"/save {path}")
     assert (code, err) == (0, [])
     stats = [line for line in out if line.startswith("prefilled")]
     assert "interrupted" in stats[0] and "interrupted" not in stats[1]
     assert [m["content"] for m in json.loads(path.read_text())][::2] == ["long", "more"]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_help_of_chat_answers_without_jax() -> None:
