@@ -175,10 +175,11 @@ def mixture(p: Layer, h: Float64, k: int, normalise: bool) -> Float64:
     return out
 
 
-def llama(spec: Spec, weights: Mapping[str, Any], tokens: NDArray[np.int64]) -> Float64:
-    """Llama and its relatives: biases, norms on queries and keys, and experts where there are such weights."""
+def decoder(
+    spec: Spec, weights: Mapping[str, Any], tokens: NDArray[np.int64], rope_of: Callable[[int], Rope]
+) -> Float64:
+    """Llama and its relatives, by each layer's rope: biases, norms on queries and keys, experts where there are any."""
     c: Any = spec.config
-    rope = rotary(c.rope_theta, getattr(c, "rotated", None) or c.head_dim, c.rope_scaling)
     embed = dequantize(weights["embed"])
     x = embed[tokens]
     for i in range(c.layers):
@@ -187,7 +188,7 @@ def llama(spec: Spec, weights: Mapping[str, Any], tokens: NDArray[np.int64]) -> 
         q, k, v = (p.heads(h, f"attn.{n}", c.head_dim) for n in "qkv")
         if "attn.q_norm" in p.values:
             q, k = rms_norm(q, p["attn.q_norm"], c.norm_eps), rms_norm(k, p["attn.k_norm"], c.norm_eps)
-        x = x + p.linear(attention(q, k, v, rope, c.head_dim**-0.5, spec.window[i], spec.kv), "attn.o")
+        x = x + p.linear(attention(q, k, v, rope_of(i), c.head_dim**-0.5, spec.window[i], spec.kv), "attn.o")
         h = rms_norm(x, p["mlp_norm"], c.norm_eps)
         if "mlp.router" in p.values:
             x = x + mixture(p, h, c.experts_used, getattr(c, "normalise", True))
@@ -197,21 +198,17 @@ def llama(spec: Spec, weights: Mapping[str, Any], tokens: NDArray[np.int64]) -> 
     return x @ (dequantize(weights["head"]) if "head" in weights else embed).T
 
 
-def smollm3(spec: Spec, weights: Mapping[str, Any], tokens: NDArray[np.int64]) -> Float64:
-    """Llama, of which some layers do not turn."""
+def llama(spec: Spec, weights: Mapping[str, Any], tokens: NDArray[np.int64]) -> Float64:
     c: Any = spec.config
-    embed = dequantize(weights["embed"])
-    x = embed[tokens]
-    for i in range(c.layers):
-        p = Layer(weights, i)
-        rope = rotary(c.rope_theta, c.head_dim, c.rope_scaling) if c.rotated[i % len(c.rotated)] else unrotated
-        h = rms_norm(x, p["attn_norm"], c.norm_eps)
-        q, k, v = (p.heads(h, f"attn.{n}", c.head_dim) for n in "qkv")
-        x = x + p.linear(attention(q, k, v, rope, c.head_dim**-0.5, spec.window[i], spec.kv), "attn.o")
-        h = rms_norm(x, p["mlp_norm"], c.norm_eps)
-        x = x + p.linear(silu(p.linear(h, "mlp.gate")) * p.linear(h, "mlp.up"), "mlp.down")
-    x = rms_norm(x, dequantize(weights["final_norm"]), c.norm_eps)
-    return x @ (dequantize(weights["head"]) if "head" in weights else embed).T
+    rope = rotary(c.rope_theta, getattr(c, "rotated", None) or c.head_dim, c.rope_scaling)
+    return decoder(spec, weights, tokens, lambda i: rope)
+
+
+def smollm3(spec: Spec, weights: Mapping[str, Any], tokens: NDArray[np.int64]) -> Float64:
+    """Some layers do not turn."""
+    c: Any = spec.config
+    rope = rotary(c.rope_theta, c.head_dim, c.rope_scaling)
+    return decoder(spec, weights, tokens, lambda i: rope if c.rotated[i % len(c.rotated)] else unrotated)
 
 
 def gemma(spec: Spec, weights: Mapping[str, Any], tokens: NDArray[np.int64]) -> Float64:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from infopt import ops
 from infopt.errors import InfoptError
-from infopt.model import Family, Model
+from infopt.model import Attend, Family, Model
 from infopt.spec import Config, RopeScaling, Window
 from infopt.typing import Array, Params
 
@@ -35,6 +35,26 @@ class DecoderConfig(Config):
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
     tied: bool = True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LocalConfig(DecoderConfig):
+    """The config of a decoder some of whose layers see a window only.
+
+    Args:
+      window: positions that a local layer sees, itself included.
+      local: a period of layers (or all of them), True where a layer is local.
+    """
+
+    window: int | None = None
+    local: tuple[bool, ...] = (False,)
+
+    @property
+    def period(self) -> int:
+        return cheapest_period(self.windows())
+
+    def windows(self) -> tuple[Window | None, ...]:
+        return local_windows(self.layers, self.window, self.local)
 
 
 def attention_shapes(c: Config) -> Shapes:
@@ -88,6 +108,19 @@ def queries_keys_values(c: Config, p: dict[str, Any], h: Array, layer: Any) -> t
     bias = tuple(p.get(f"attn.{n}_bias") for n in "qkv")
     q, k, v = ops.linear(h, (p["attn.q"], p["attn.k"], p["attn.v"]), layer, bias)
     return ops.split_heads(q, c.head_dim), ops.split_heads(k, c.head_dim), ops.split_heads(v, c.head_dim)
+
+
+def attention(
+    c: DecoderConfig, p: dict[str, Any], x: Array, layer: Any, attend: Attend, cache: Any, rope: ops.Rope
+) -> tuple[Array, Any]:
+    """The first half of a layer, its norm before it; queries and keys are normed where the layer has norms for them."""
+    h = ops.rms_norm(x, p["attn_norm"], layer, c.norm_eps)
+    q, k, v = queries_keys_values(c, p, h, layer)
+    if "attn.q_norm" in p:
+        q = ops.rms_norm(q, p["attn.q_norm"], layer, c.norm_eps)
+        k = ops.rms_norm(k, p["attn.k_norm"], layer, c.norm_eps)
+    a, cache = attend(q, k, v, cache, layer, rope=rope, scale=c.head_dim**-0.5)
+    return x + ops.linear(ops.join_heads(a), p["attn.o"], layer), cache
 
 
 def swiglu(p: dict[str, Any], h: Array, layer: Any) -> Array:

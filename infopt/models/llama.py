@@ -27,11 +27,7 @@ def init(c: LlamaConfig, key: Array) -> dict[str, Array]:
 
 def block(c: LlamaConfig, phase: int, p: dict[str, Any], x: Array, layer: Any, attend: Attend, cache: Any):
     """One layer. `p` holds whole stacks and `layer` the index into them (None: `p` is one layer already)."""
-    h = ops.rms_norm(x, p["attn_norm"], layer, c.norm_eps)
-    q, k, v = base.queries_keys_values(c, p, h, layer)
-    a, cache = attend(q, k, v, cache, layer, rope=base.rope(c), scale=c.head_dim**-0.5)
-    x = x + ops.linear(ops.join_heads(a), p["attn.o"], layer)
-
+    x, cache = base.attention(c, p, x, layer, attend, cache, base.rope(c))
     h = ops.rms_norm(x, p["mlp_norm"], layer, c.norm_eps)
     return x + base.swiglu(p, h, layer), cache
 

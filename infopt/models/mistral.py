@@ -37,11 +37,7 @@ def init(c: MistralConfig, key: Array) -> dict[str, Array]:
 
 def block(c: MistralConfig, phase: int, p: dict[str, Any], x: Array, layer: Any, attend: Attend, cache: Any):
     """One layer; the window is bound in `attend`."""
-    h = ops.rms_norm(x, p["attn_norm"], layer, c.norm_eps)
-    q, k, v = base.queries_keys_values(c, p, h, layer)
-    a, cache = attend(q, k, v, cache, layer, rope=base.rope(c), scale=c.head_dim**-0.5)
-    x = x + ops.linear(ops.join_heads(a), p["attn.o"], layer)
-
+    x, cache = base.attention(c, p, x, layer, attend, cache, base.rope(c))
     h = ops.rms_norm(x, p["mlp_norm"], layer, c.norm_eps)
     return x + base.swiglu(p, h, layer), cache
 

@@ -45,11 +45,7 @@ def init(c: MixtralConfig, key: Array) -> dict[str, Array]:
 
 def block(c: MixtralConfig, phase: int, p: dict[str, Any], x: Array, layer: Any, attend: Attend, cache: Any):
     """One layer; the shares of the chosen experts add up to one."""
-    h = ops.rms_norm(x, p["attn_norm"], layer, c.norm_eps)
-    q, k, v = base.queries_keys_values(c, p, h, layer)
-    a, cache = attend(q, k, v, cache, layer, rope=base.rope(c), scale=c.head_dim**-0.5)
-    x = x + ops.linear(ops.join_heads(a), p["attn.o"], layer)
-
+    x, cache = base.attention(c, p, x, layer, attend, cache, base.rope(c))
     h = ops.rms_norm(x, p["mlp_norm"], layer, c.norm_eps)
     share = ops.route(h, p["mlp.router"], layer, c.experts_used, normalise=True)
     return x + base.experts(p, h, layer, share), cache

@@ -45,11 +45,7 @@ def block(c: Phi3Config, phase: int, p: dict[str, Any], x: Array, layer: Any, at
     def rope(u: Array, positions: Array) -> Array:
         return ops.rope(u, positions, c.rope_theta, scaling=c.rope_scaling, width=c.rotated)
 
-    h = ops.rms_norm(x, p["attn_norm"], layer, c.norm_eps)
-    q, k, v = base.queries_keys_values(c, p, h, layer)
-    a, cache = attend(q, k, v, cache, layer, rope=rope, scale=c.head_dim**-0.5)
-    x = x + ops.linear(ops.join_heads(a), p["attn.o"], layer)
-
+    x, cache = base.attention(c, p, x, layer, attend, cache, rope)
     h = ops.rms_norm(x, p["mlp_norm"], layer, c.norm_eps)
     return x + base.swiglu(p, h, layer), cache
 

@@ -11,28 +11,12 @@ from typing import Any
 from infopt import ops
 from infopt.model import Attend, Model, define
 from infopt.models import base
-from infopt.spec import Window
 from infopt.typing import Array
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Qwen2Config(base.DecoderConfig):
-    """Qwen2's config.
-
-    Args:
-      window: positions that a local layer sees, itself included.
-      local: a period of layers (or all of them), True where a layer is local.
-    """
-
-    window: int | None = None
-    local: tuple[bool, ...] = (False,)
-
-    @property
-    def period(self) -> int:
-        return base.cheapest_period(self.windows())
-
-    def windows(self) -> tuple[Window | None, ...]:
-        return base.local_windows(self.layers, self.window, self.local)
+class Qwen2Config(base.LocalConfig):
+    """Qwen2's config: its upper layers may be local."""
 
 
 def init(c: Qwen2Config, key: Array) -> dict[str, Array]:
@@ -43,11 +27,7 @@ def init(c: Qwen2Config, key: Array) -> dict[str, Array]:
 
 def block(c: Qwen2Config, phase: int, p: dict[str, Any], x: Array, layer: Any, attend: Attend, cache: Any):
     """One layer; the window is bound in `attend`."""
-    h = ops.rms_norm(x, p["attn_norm"], layer, c.norm_eps)
-    q, k, v = base.queries_keys_values(c, p, h, layer)
-    a, cache = attend(q, k, v, cache, layer, rope=base.rope(c), scale=c.head_dim**-0.5)
-    x = x + ops.linear(ops.join_heads(a), p["attn.o"], layer)
-
+    x, cache = base.attention(c, p, x, layer, attend, cache, base.rope(c))
     h = ops.rms_norm(x, p["mlp_norm"], layer, c.norm_eps)
     return x + base.swiglu(p, h, layer), cache
 

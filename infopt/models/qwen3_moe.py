@@ -47,13 +47,7 @@ def init(c: Qwen3MoeConfig, key: Array) -> dict[str, Array]:
 
 def block(c: Qwen3MoeConfig, phase: int, p: dict[str, Any], x: Array, layer: Any, attend: Attend, cache: Any):
     """One layer."""
-    h = ops.rms_norm(x, p["attn_norm"], layer, c.norm_eps)
-    q, k, v = base.queries_keys_values(c, p, h, layer)
-    q = ops.rms_norm(q, p["attn.q_norm"], layer, c.norm_eps)
-    k = ops.rms_norm(k, p["attn.k_norm"], layer, c.norm_eps)
-    a, cache = attend(q, k, v, cache, layer, rope=base.rope(c), scale=c.head_dim**-0.5)
-    x = x + ops.linear(ops.join_heads(a), p["attn.o"], layer)
-
+    x, cache = base.attention(c, p, x, layer, attend, cache, base.rope(c))
     h = ops.rms_norm(x, p["mlp_norm"], layer, c.norm_eps)
     share = ops.route(h, p["mlp.router"], layer, c.experts_used, c.normalise)
     return x + base.experts(p, h, layer, share), cache

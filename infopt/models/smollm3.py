@@ -43,11 +43,7 @@ def init(c: SmolLM3Config, key: Array) -> dict[str, Array]:
 def block(c: SmolLM3Config, phase: int, p: dict[str, Any], x: Array, layer: Any, attend: Attend, cache: Any):
     """One layer. `phase` is its place in the period: it decides whether it turns at all."""
     rope = base.rope(c) if c.layers_rotated[phase] else base.unrotated
-    h = ops.rms_norm(x, p["attn_norm"], layer, c.norm_eps)
-    q, k, v = base.queries_keys_values(c, p, h, layer)
-    a, cache = attend(q, k, v, cache, layer, rope=rope, scale=c.head_dim**-0.5)
-    x = x + ops.linear(ops.join_heads(a), p["attn.o"], layer)
-
+    x, cache = base.attention(c, p, x, layer, attend, cache, rope)
     h = ops.rms_norm(x, p["mlp_norm"], layer, c.norm_eps)
     return x + base.swiglu(p, h, layer), cache
 
