@@ -8,17 +8,16 @@ import copy
 import dataclasses
 import json
 import os
-import signal
 import sys
-import threading
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from infopt import generation
 from infopt.errors import InfoptError, PromptError
 from infopt.generation import Generation, Held
+from infopt.interrupts import heard_by
 from infopt.io.chat_template import no_template
 from infopt.model import Model, check_params, context_limit
 from infopt.sampling import Sampling
@@ -327,21 +326,9 @@ def _show(pieces: Generator[str, None, None]) -> None:
             raise KeyboardInterrupt
         heard.append(number)
 
-    with _handling(hear), contextlib.closing(pieces):
+    with heard_by(hear), contextlib.closing(pieces):
         for piece in pieces:
             print(piece, end="", flush=True)
             if heard:
                 break
     print(flush=True)
-
-
-@contextlib.contextmanager
-def _handling(hear: Any) -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, hear)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)

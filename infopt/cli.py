@@ -13,7 +13,6 @@ import logging
 import os
 import signal
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from infopt.errors import InfoptError
+from infopt.interrupts import heard_by
 
 if TYPE_CHECKING:
     from infopt.generation import Chunk, Generation
@@ -289,15 +289,9 @@ def _add_bench(commands: Any) -> None:
 @contextlib.contextmanager
 def _interrupts_held() -> Iterator[None]:
     """Ctrl-C comes when the block is done: within an import it would come out as another error."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     heard: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: heard.append(number))
-    try:
+    with heard_by(lambda number, frame: heard.append(number)):
         yield
-    finally:
-        signal.signal(signal.SIGINT, before)
     if heard:
         signal.raise_signal(signal.SIGINT)
 
@@ -318,14 +312,18 @@ def _prepare_jax(keep: bool = True) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
+def _bear_any_text() -> None:
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # the tokenizer says what is wrong with it
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 is no reason to fail
+
+
 def _generate(args: argparse.Namespace) -> int:
     if args.logprobs and not args.json:
         return _fail("--logprobs prints nothing without --json; fix: add --json")
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # the tokenizer says what is wrong with it
+    _bear_any_text()
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 is no reason to fail
     _prepare_jax()
     import infopt as ip
 
@@ -413,9 +411,7 @@ def _stats(model: Any, out: Generation, first: float) -> str:
 
 
 def _chat(args: argparse.Namespace) -> int:
-    for stream in (sys.stdin, sys.stdout):  # as for generate
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="surrogateescape" if stream is sys.stdin else "replace")
+    _bear_any_text()
     _prepare_jax()
     from infopt import chat
 

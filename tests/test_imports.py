@@ -13,7 +13,7 @@ import infopt
 PACKAGE = Path(infopt.__file__).parent
 
 ROOMS: list[tuple[str, ...]] = [
-    ("errors", "typing"),
+    ("errors", "typing", "interrupts"),
     ("devices",),
     ("qtensor",),
     ("spec",),
