@@ -33,7 +33,7 @@ from infopt.io.checkpoint import (
     make_config,
     row_chunks,
 )
-from infopt.io.tokenizer import Tokenizer
+from infopt.io.tokenizer import SPLITTINGS, Tokenizer
 from infopt.model import FAMILIES, Model, aligned_empty, shapes
 from infopt.models import (
     Gemma2Config,
@@ -661,29 +661,38 @@ def _tokenizer(f: File) -> Tokenizer | None:
     kind = f.fields.get("tokenizer.ggml.model")
     if kind in (None, "none", "no_vocab"):
         return None
-    if kind != "gpt2":
-        warnings.warn(
-            f"{f.name}: its tokenizer is of the kind {kind!r}, and only byte-level BPE ('gpt2') is built "
-            "from a GGUF file: the model takes token ids, but no text. Its Hugging Face folder may do.",
-            stacklevel=5,
+    if kind not in ("gpt2", "llama"):
+        what = {"t5": " (Unigram)", "bert": " (WordPiece)", "rwkv": " (a trie)"}.get(str(kind), "")
+        raise CheckpointError(
+            f"{f.name}: its tokenizer is of the kind {kind!r:.40}{what}.",
+            why="from a GGUF file's tables are built byte-level BPE ('gpt2') and SentencePiece BPE ('llama').",
+            fix="load the Hugging Face folder of this model, with its tokenizer.json",
         )
-        return None
-    pre = f.get("tokenizer.ggml.pre", str)
-    bos = None
-    # Llama 3's files may leave the flag out, and mean yes.
-    if f.get("tokenizer.ggml.add_bos_token", bool, pre == "llama-bpe"):
-        bos = f.get("tokenizer.ggml.bos_token_id", int)
+    pre = f.get("tokenizer.ggml.pre", str) if kind == "gpt2" else ""
+    # Files may leave the flag out, and mean yes.
+    begins = kind == "llama" or (pre in SPLITTINGS and SPLITTINGS[pre].bos)
+    around: dict[str, Any] = {}
+    if f.get("tokenizer.ggml.add_bos_token", bool, begins):
+        around["bos"] = f.get("tokenizer.ggml.bos_token_id", int)
+    if f.get("tokenizer.ggml.add_eos_token", bool, False):
+        around["eos"] = f.get("tokenizer.ggml.eos_token_id", int)
     ends = [f.fields.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")]
-    words = f.get("tokenizer.ggml.tokens", list)
-    tokenizer = Tokenizer.from_tables(
-        words,
-        f.get("tokenizer.ggml.merges", list),
-        f.get("tokenizer.ggml.token_type", list, []),
-        pre,
-        bos=bos,
-        eos_ids=tuple(dict.fromkeys(i for i in ends if i is not None)),
-        where=f.name,
-    )
+    around["eos_ids"] = tuple(dict.fromkeys(i for i in ends if i is not None))
+    around["prefix"] = f.get("tokenizer.ggml.add_space_prefix", bool, kind == "llama")
+    words, types = f.get("tokenizer.ggml.tokens", list), f.get("tokenizer.ggml.token_type", list, [])
+    if kind == "gpt2":
+        merges = f.get("tokenizer.ggml.merges", list)
+        tokenizer = Tokenizer.from_tables(words, merges, types, pre, where=f.name, **around)
+    else:
+        tokenizer = Tokenizer.from_pieces(
+            words,
+            f.get("tokenizer.ggml.scores", list),
+            types,
+            unknown=f.fields.get("tokenizer.ggml.unknown_token_id"),
+            strip=f.get("general.architecture", str) == "phi3",
+            where=f.name,
+            **around,
+        )
     named = {f"{key}_token": f.fields.get(f"tokenizer.ggml.{name}_token_id") for key, name in SPECIAL.items()}
     special = {k: words[i] for k, i in named.items() if isinstance(i, int) and 0 <= i < len(words)}
     templates = {name: f.fields.get(f"tokenizer.chat_template{end}") for name, end in TEMPLATES.items()}

@@ -2,27 +2,91 @@
 
 from __future__ import annotations
 
+import array
 import dataclasses
 import functools
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from infopt.errors import CheckpointError, PromptError, nearest
 from infopt.io.chat_template import ChatTemplate, no_template
 
-LLAMA3_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 BYTE_PIECE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
-CONTROL, USER_DEFINED = 3, 4  # GGUF's token types that are matched as a whole, before any splitting
+BYTE_PIECES = tuple(f"<0x{byte:02X}>" for byte in range(256))
+SPACE = "\u2581"  # how SentencePiece writes a space
+UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4  # GGUF's token types that are matched as a whole, before any splitting
+UNSTRIPPED = ("<unk>", "<s>", "<|endoftext|>")  # Phi-3's special tokens after which blanks stay
+LONGEST_PIECE = 512  # SentencePiece trains none that is longer
+
+
+@dataclasses.dataclass(frozen=True)
+class Splitting:
+    """How a family of byte-level vocabularies cuts a text into words, within which alone tokens are merged.
+
+    Args:
+      words: regular expressions, each cutting further what the one before left; none: GPT-2's words.
+      digits: whether digits are cut off one by one, before GPT-2's words.
+      whole: whether a word that is a token stays whole, even where no merges lead to it.
+      bos: whether a file that does not say so puts a token before every text.
+      nfc: whether a text is composed first (Unicode's NFC).
+    """
+
+    words: tuple[str, ...] = ()
+    digits: bool = False
+    whole: bool = False
+    bos: bool = False
+    nfc: bool = False
+
+    def pre_tokenizer(self, prefix: bool) -> Any:
+        if not self.words:
+            by_bytes = pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=True)
+            digits = [pre_tokenizers.Digits(individual_digits=True)] if self.digits else []
+            return pre_tokenizers.Sequence([*digits, by_bytes]) if digits else by_bytes
+        cuts = [pre_tokenizers.Split(Regex(words), behavior="isolated") for words in self.words]
+        return pre_tokenizers.Sequence([*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+_ENDINGS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# OpenAI's cl100k, with numbers of up to three digits or of one.
+_THREES = rf"{_ENDINGS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}"
+_ONES = _THREES.replace("{1,3}", "")
+# OpenAI's o200k: a word's capitals come first. Tekken has it without English endings, and with single digits.
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_CASED = [rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}{first}{_LOWER}{second}" for first, second in ("*+", "+*")]
+_MARKS = rf" ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
+_TEKKEN = rf"{_CASED[0]}|{_CASED[1]}|\p{{N}}|{_MARKS}"
+_O200K = rf"{_CASED[0]}{_ENDINGS}?|{_CASED[1]}{_ENDINGS}?|\p{{N}}{{1,3}}|{_MARKS}"
+_LLAMA3 = Splitting((_THREES,), whole=True, bos=True)
+SPLITTINGS = {
+    "default": Splitting((r"[\p{P}$+<=>^~|]+", _GPT2, r"\p{N}+", "[0-9]{3}")),
+    "gpt-2": Splitting(),
+    "smollm": Splitting(digits=True),
+    "llama-bpe": _LLAMA3,
+    "llama3": _LLAMA3,
+    "llama-v3": _LLAMA3,
+    "smaug-bpe": Splitting((_THREES,), whole=True),  # Llama 3's vocabulary without its start: SmolLM3's, too
+    "dbrx": Splitting((_THREES,)),
+    # Qwen's own tokenizer composes; llama.cpp does not, nor here what has only its words.
+    "qwen2": Splitting((_ONES,), nfc=True),
+    "deepseek-r1-qwen": Splitting((_ONES,)),
+    "tekken": Splitting((_TEKKEN,), whole=True, bos=True),
+    "gpt-4o": Splitting((_O200K,)),
+    "deepseek-coder": Splitting(
+        (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+", r"\p{N}")
+    ),
+}
+"""By llama.cpp's name of it."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -64,7 +128,9 @@ class Tokenizer:
         types: Sequence[int],
         pre: str,
         *,
+        prefix: bool = False,
         bos: int | None = None,
+        eos: int | None = None,
         eos_ids: Sequence[int] = (),
         where: str = "the file",
     ) -> Tokenizer:
@@ -74,57 +140,127 @@ class Tokenizer:
           tokens: the vocabulary, a token's place being its id, in GPT-2's byte alphabet.
           merges: pairs "left right", the earliest first.
           types: each token's GGUF type, or nothing; control and user-defined tokens are matched whole.
-          pre: how text is split into words, by llama.cpp's name.
+          pre: how text is split into words, by llama.cpp's name: a key of `SPLITTINGS`.
+          prefix: whether a text begins with a space, even if it does not. As in `transformers`, GPT-2's words alone
+            heed it.
           bos: the token put before every text, or None.
+          eos: the token put after every text, or None.
           eos_ids: tokens that end a text.
           where: what error messages call the file.
 
         Raises:
           CheckpointError: the splitting is unknown, or the tables contradict each other.
         """
-        if pre not in PRE_TOKENIZERS:
+        if pre not in SPLITTINGS:
             raise CheckpointError(
                 f"{where} splits its text by an unknown pre-tokenizer, {pre!r}.",
-                why=f"another one gives tokens that it never saw. {nearest(pre, [*PRE_TOKENIZERS])}",
+                why=f"another one gives tokens that it never saw. {nearest(pre, [*SPLITTINGS])}",
                 fix="load the Hugging Face folder of this model, whose tokenizer.json says it all",
             )
-        vocab = {token: i for i, token in enumerate(tokens)}
-        pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
+        splitting = SPLITTINGS[pre]
+        vocab = _vocabulary(tokens, types, [bos, eos, *eos_ids], where)
+        pairs = [(left, right) for left, _, right in (str(merge).partition(" ") for merge in merges)]
         # Checked here because the library aborts with a Rust backtrace.
         for left, right in pairs:
             if left not in vocab or right not in vocab or left + right not in vocab:
                 raise CheckpointError(
-                    f"{where} joins {left!r} and {right!r} to a token outside its vocabulary.",
+                    f"{where} joins {left!r:.60} and {right!r:.60} to a token outside its vocabulary.",
                     why="a merge must give a token.",
                     fix="fetch or convert the model again",
                 )
-        if len(vocab) != len(tokens) or (types and len(types) != len(tokens)):
+        backend = tokenizers.Tokenizer(
+            models.BPE(vocab, pairs, continuing_subword_prefix="", end_of_word_suffix="", ignore_merges=splitting.whole)
+        )
+        if splitting.nfc:
+            backend.normalizer = normalizers.NFC()
+        backend.pre_tokenizer = splitting.pre_tokenizer(prefix)
+        backend.decoder = decoders.ByteLevel()
+        kinds = dict(zip(tokens, types))
+        _match_whole(backend, [t for t in tokens if kinds.get(t) == CONTROL], special=True)
+        _match_whole(backend, [t for t in tokens if kinds.get(t) == USER_DEFINED], special=False)
+        _begin_and_end(backend, tokens, bos, eos)
+        return Tokenizer(backend, tuple(eos_ids))
+
+    @staticmethod
+    def from_pieces(
+        tokens: Sequence[str],
+        scores: Sequence[float],
+        types: Sequence[int],
+        *,
+        prefix: bool = True,
+        strip: bool = False,
+        unknown: int | None = None,
+        bos: int | None = None,
+        eos: int | None = None,
+        eos_ids: Sequence[int] = (),
+        where: str = "the file",
+    ) -> Tokenizer:
+        """Build a SentencePiece BPE (Llama 2's and Gemma's kind) from a GGUF file's tables.
+
+        Spaces are written as low lines, the pair whose joint piece has the highest score is merged first, and what has
+        no piece becomes bytes, as `sentencepiece` does it. As in the published tokenizer.json of Llama 2, TinyLlama and
+        Phi-3 (and in llama.cpp, but not in what `transformers` 5 makes of `LlamaTokenizer`), a space is put before each
+        stretch of text: at its start, even before another space, and after a special token.
+
+        Args:
+          tokens: the vocabulary, a token's place being its id.
+          scores: each token's score.
+          types: each token's GGUF type, or nothing; control, unknown and user-defined tokens are matched whole.
+          prefix: whether a space is put before a text; Gemma has none.
+          strip: whether blanks after a special token are dropped, as for Phi-3.
+          unknown: the token of what has none; needed only by a vocabulary without the 256 bytes.
+          bos: the token put before every text, or None.
+          eos: the token put after every text, or None.
+          eos_ids: tokens that end a text.
+          where: what error messages call the file.
+
+        Raises:
+          CheckpointError: the tables contradict each other, or are not SentencePiece's.
+
+        >>> words = ["<unk>", "<s>", SPACE, "h", "i", "hi", SPACE + "hi"]
+        >>> made = Tokenizer.from_pieces(words, [0, 0, -3, -4, -5, -1, -2], [2, 3, 1, 1, 1, 1, 1], unknown=0, bos=1)
+        >>> made.encode("hi hi")
+        [1, 6, 6]
+        """
+        types = types or [1] * len(tokens)
+        _vocabulary(tokens, types, [unknown, bos, eos, *eos_ids], where)
+        damage = [s for s in scores if not isinstance(s, int | float) or not math.isfinite(s)]
+        if len(scores) != len(tokens) or damage:
             raise CheckpointError(
-                f"{where} has a damaged vocabulary: {len(tokens)} tokens, {len(vocab)} of them "
-                f"different, and {len(types)} types.",
-                why="each token has one id and one type.",
+                f"{where} has damaged scores: {len(scores)} for {len(tokens)} tokens"
+                + (f", one of them {damage[0]!r:.40}." if damage else "."),
+                why="each token has a score, which says what is merged first.",
                 fix="fetch or convert the model again",
             )
-        if bad := [i for i in (*([bos] if bos is not None else []), *eos_ids) if not 0 <= i < len(tokens)]:
+        tokens = _respelled(tokens, types)
+        vocab = {token: i for i, token in enumerate(tokens)}
+        missing = [piece for piece in BYTE_PIECES if piece not in vocab]
+        if 0 < len(missing) < 256 or (missing and unknown is None):
             raise CheckpointError(
-                f"{where} starts or ends a text with token {bad[0]}, but has {len(tokens)} tokens.",
-                why="no such token exists.",
+                f"{where} has no token for {missing[0] if len(missing) < 256 else 'unknown characters'}.",
+                why="what has no piece becomes bytes, for which there must be all 256 tokens, or else an unknown one.",
                 fix="fetch or convert the model again",
             )
         backend = tokenizers.Tokenizer(
             models.BPE(
-                vocab, pairs, continuing_subword_prefix="", end_of_word_suffix="", ignore_merges=pre in IGNORE_MERGES
+                vocab,
+                _merges(tokens, scores, types, where),
+                continuing_subword_prefix="",
+                end_of_word_suffix="",
+                unk_token=None if unknown is None else tokens[unknown],
+                fuse_unk=True,
+                byte_fallback=not missing,
             )
         )
-        backend.pre_tokenizer = PRE_TOKENIZERS[pre]()
-        backend.decoder = decoders.ByteLevel()
-        whole = [(token, kind) for token, kind in zip(tokens, types) if kind in (CONTROL, USER_DEFINED)]
-        backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t, k in whole if k == CONTROL])
-        backend.add_tokens([AddedToken(t, special=False, normalized=False) for t, k in whole if k == USER_DEFINED])
-        if bos is not None:
-            backend.post_processor = processors.TemplateProcessing(
-                single=[tokens[bos], "$A"], special_tokens=[(tokens[bos], bos)]
-            )
+        low_lines = normalizers.Replace(" ", SPACE)
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), low_lines]) if prefix else low_lines
+        text = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+        backend.decoder = decoders.Sequence([*text, decoders.Strip(" ", 1, 0)] if prefix else text)
+        special = [t for t, kind in zip(tokens, types) if kind in (CONTROL, UNKNOWN)]
+        plain = [t for t, kind in zip(tokens, types) if kind == USER_DEFINED and t.strip(SPACE)]
+        _match_whole(backend, special, special=True, strip=strip)
+        _match_whole(backend, plain, special=False, strip=strip)
+        _begin_and_end(backend, tokens, bos, eos)
         return Tokenizer(backend, tuple(eos_ids))
 
     def chat(self, messages: Any, tools: Any = None, add_generation_prompt: bool = True) -> str:
@@ -248,22 +384,104 @@ class Stream:
         return text
 
 
-def _byte_level() -> Any:
-    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+# ------------------------------------------------------------------------------------------------ a GGUF file's tables
 
 
-def _digits() -> Any:
-    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _byte_level()])
+def _vocabulary(tokens: Sequence[str], types: Sequence[int], ids: Sequence[int | None], where: str) -> dict[str, int]:
+    """Each token's id, once the tables are known to fit each other."""
+    if bad := [token for token in tokens if not isinstance(token, str)]:
+        raise CheckpointError(
+            f"{where} has a damaged vocabulary: its token {bad[0]!r:.40} is not text.",
+            why="a token is a piece of text.",
+            fix="fetch or convert the model again",
+        )
+    vocab = {token: i for i, token in enumerate(tokens)}
+    if len(vocab) != len(tokens) or (types and len(types) != len(tokens)):
+        raise CheckpointError(
+            f"{where} has a damaged vocabulary: {len(tokens)} tokens, {len(vocab)} of them "
+            f"different, and {len(types)} types.",
+            why="each token has one id and one type.",
+            fix="fetch or convert the model again",
+        )
+    if outside := [i for i in ids if i is not None and not (isinstance(i, int) and 0 <= i < len(tokens))]:
+        raise CheckpointError(
+            f"{where} starts or ends a text with token {outside[0]!r:.40}, or has it for what is unknown, but has "
+            f"{len(tokens)} tokens.",
+            why="no such token exists.",
+            fix="fetch or convert the model again",
+        )
+    return vocab
 
 
-def _llama3() -> Any:
-    return pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(LLAMA3_WORDS), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
+def _match_whole(backend: tokenizers.Tokenizer, tokens: list[str], special: bool, strip: bool = False) -> None:
+    add = backend.add_special_tokens if special else backend.add_tokens
+    add([AddedToken(t, special=special, normalized=False, rstrip=strip and t not in UNSTRIPPED) for t in tokens])
+
+
+def _begin_and_end(backend: tokenizers.Tokenizer, tokens: Sequence[str], bos: int | None, eos: int | None) -> None:
+    if bos is None and eos is None:
+        return
+    # Under names of our own: a token's text may read as the template's syntax.
+    around = {name: i for name, i in (("begin", bos), ("end", eos)) if i is not None}
+    backend.post_processor = processors.TemplateProcessing(
+        single=[*(["begin"] if bos is not None else []), "$A", *(["end"] if eos is not None else [])],
+        special_tokens=[{"id": name, "ids": [i], "tokens": [tokens[i]]} for name, i in around.items()],
     )
 
 
-PRE_TOKENIZERS = {"gpt-2": _byte_level, "smollm": _digits, "llama-bpe": _llama3}
-IGNORE_MERGES = ("llama-bpe",)  # a word that is a token stays whole, even where no merges lead to it
+def _respelled(tokens: Sequence[str], types: Sequence[int]) -> list[str]:
+    """User-defined runs of spaces as SentencePiece writes them: llama.cpp's converter writes real spaces."""
+    known = set(tokens)
+    low = [SPACE * len(token) for token in tokens]
+    return [
+        line if kind == USER_DEFINED and token and not token.strip(" ") and line not in known else token
+        for token, kind, line in zip(tokens, types, low)
+    ]
+
+
+def _merges(tokens: list[str], scores: Sequence[float], types: Sequence[int], where: str) -> list[tuple[str, str]]:
+    """Every pair of pieces that gives a piece, in the order in which SentencePiece would join them.
+
+    What is matched whole is no part of this, but for user-defined runs of spaces: `transformers` merges Gemma's as it
+    does the others, and before them. Of pieces of one score SentencePiece joins the leftmost; here the longest left
+    part comes first, which is the same for Llama 2's runs of spaces, whose scores are all -1e9.
+    """
+    ids: dict[str, int] = {}
+    ranks: list[tuple[bool, float]] = []
+    for i, (token, score, kind) in enumerate(zip(tokens, scores, types)):
+        spaces = kind == USER_DEFINED and not token.strip(SPACE)
+        ranks.append((not spaces, i if spaces else -score))
+        if token and (spaces or not (kind in (UNKNOWN, CONTROL, USER_DEFINED) or BYTE_PIECE.fullmatch(token))):
+            ids[token] = i
+    # A hostile table could ask for far more work and memory than it has bytes. (Llama 2's pieces have six characters
+    # and two merges each; Gemma's, seven and three.)
+    longest, total, most = max(map(len, ids), default=0), sum(map(len, ids)), 8 * len(tokens) + 1024
+    if longest > LONGEST_PIECE or total > 64 * len(tokens) + 4096:
+        raise _foreign(where, f"its {len(tokens):,} tokens have {total:,} characters, one of them {longest:,}.")
+    place = {rank: n for n, rank in enumerate(sorted(set(ranks)))}
+    found = array.array("q")
+    starts: list[int] = []  # the pieces that a piece begins with: in sorted order they come one after another before it
+    for token in sorted(ids):
+        i = ids[token]
+        while starts and not token.startswith(tokens[starts[-1]]):
+            starts.pop()
+        rank = place[ranks[i]]
+        for left in starts:
+            cut = len(tokens[left])
+            if (right := ids.get(token[cut:])) is not None:
+                found.extend((rank, -cut, i, left, right))
+        starts.append(i)
+        if len(found) > 5 * most:
+            raise _foreign(where, f"its {len(tokens):,} tokens come about by more than {most:,} merges.")
+    table = np.frombuffer(found, np.int64).reshape(-1, 5)
+    order = np.lexsort(table[:, 2::-1].T)
+    lefts, rights = table[order, 3].tolist(), table[order, 4].tolist()
+    return [(tokens[left], tokens[right]) for left, right in zip(lefts, rights)]
+
+
+def _foreign(where: str, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"{where} has no vocabulary of SentencePiece's: {what}",
+        why=f"it trains no token of more than {LONGEST_PIECE} characters; most have less than ten, and two merges.",
+        fix="load the Hugging Face folder of this model, with its tokenizer.json",
+    )

@@ -223,13 +223,5 @@ def test_tables_of_a_file_become_a_tokenizer(llama_gguf: Callable, tmp_path: Pat
     assert read.eos_ids == (95, 3) and read.vocab_size == 96
 
 
-def test_other_kind_of_tokenizer_is_warned_of(llama_gguf: Callable, tmp_path: Path) -> None:
-    file = llama_gguf()
-    file.fields |= {"tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": ["a"] * 96}
-    with pytest.warns(UserWarning, match="of the kind 'llama'.*takes token ids, but no text"):
-        model, _ = load(file.write(tmp_path / "m.gguf"))
-    assert model.tokenizer is None
-
-
 def test_file_without_tokenizer_takes_token_ids(llama_gguf: Callable, tmp_path: Path) -> None:
     assert load(llama_gguf().write(tmp_path / "m.gguf"))[0].tokenizer is None
