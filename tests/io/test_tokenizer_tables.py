@@ -57,14 +57,13 @@ def test_tokens_equal_transformers(kind: str, tokenizer: Tokenizer) -> None:
     assert wrong == dict(strings_of(kind))
 
 
-def test_texts_that_sentencepiece_reads_otherwise_hold_special_tokens() -> None:
+def test_texts_that_sentencepiece_reads_otherwise_hold_special_tokens_or_many_spaces() -> None:
     for kind in ("llama", "gemma"):
-        special = [
-            t for t, k in zip(*(GOLDENS[kind]["fields"][key] for key in ("tokens", "token_type"))) if k in (2, 3, 4)
-        ]
-        assert 4 <= len(GOLDENS[kind]["differs"]) <= 5
+        tokens, types = (GOLDENS[kind]["fields"][key] for key in ("tokens", "token_type"))
+        special = [t for t, kind in zip(tokens, types) if kind in (2, 3, 4) and t.strip(" ")]
+        assert 4 <= len(GOLDENS[kind]["differs"]) <= 6
         for text in GOLDENS[kind]["differs"]:
-            assert any(token in text for token in special), text
+            assert any(token in text for token in special) or (kind == "gemma" and " " * 32 in text), text
 
 
 def test_texts_are_restored(kind: str, tokenizer: Tokenizer) -> None:
