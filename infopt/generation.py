@@ -294,11 +294,11 @@ def _length(spec: Spec, longest: int, max_new: int, max_len: int | None) -> int:
 class _Row:
     """One prompt's text as it grows, and what may be shown of it."""
 
-    def __init__(self, tokenizer: Any, stop: tuple[str, ...]) -> None:
+    def __init__(self, tokenizer: Any, stop: tuple[str, ...], prompt: Sequence[int]) -> None:
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
         self.finish = ""
-        self._stop, self._stream = stop, None if tokenizer is None else tokenizer.stream()
+        self._stop, self._stream = stop, None if tokenizer is None else tokenizer.stream(prompt)
         self._words = 0 if tokenizer is None else tokenizer.vocab_size
         self.text, self.shown = "", 0
 
@@ -570,7 +570,7 @@ def _run(
     prefilled = time.perf_counter()
     compiled_prefill = prefill.seconds + rounds.seconds - compiling
 
-    texts = [_Row(tokenizer, stop) for _ in rows]
+    texts = [_Row(tokenizer, stop, row) for row in rows]
     last = jnp.asarray([r[-1] for r in rows], jnp.int32)
     unique = sorted(set(enders))
     stops = jnp.asarray(unique + [-2] * (max(8, 1 << (len(unique) - 1).bit_length()) - len(unique)), jnp.int32)

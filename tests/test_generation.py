@@ -258,7 +258,7 @@ class Bytes:
     def decode(self, ids: list[int]) -> str:
         return b"".join(PIECES[i] for i in ids).decode(errors="replace")
 
-    def stream(self) -> Stream:
+    def stream(self, after: list[int]) -> Stream:
         return Stream()
 
 

@@ -319,9 +319,14 @@ class Tokenizer:
             )
         return ids
 
-    def stream(self) -> Stream:
-        """A decoder for tokens that come one after another."""
-        return Stream(self)
+    def stream(self, after: Sequence[int] = ()) -> Stream:
+        """A decoder for tokens that come one after another.
+
+        Args:
+          after: tokens that they follow, whose text is not given out. A token's text may depend on them: Llama's
+            vocabulary spells words with the space before them, which the first of a text has not.
+        """
+        return Stream(self, after)
 
     @functools.cached_property
     def vocab_size(self) -> int:
@@ -344,19 +349,22 @@ class Tokenizer:
         return f"Tokenizer({self.vocab_size} tokens, digest={self.digest[:8]})"
 
 
+_CONTEXT = 8  # tokens: more than the longest character has bytes
+
+
 class Stream:
     """Decodes a growing list of tokens, and gives out text once nothing that follows can change it.
 
-    All that `push` and `flush` returned, joined, is `tokenizer.decode` of all tokens.
+    All that `push` and `flush` returned, joined, is `tokenizer.decode` of all tokens, less what `after` decodes to.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, after: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         # Decoders treat the first token of a text apart, so new tokens are decoded behind some old ones. Both lists
         # start between two characters; `_shown` counts the characters given out of their joint text.
-        self._context: list[int] = []
+        self._context: list[int] = [i for i in after[-_CONTEXT:] if i < tokenizer.vocab_size]
         self._pending: list[int] = []
-        self._shown = 0
+        self._shown = len(tokenizer.decode(self._context).rstrip("\ufffd"))
 
     def push(self, ids: Iterable[int]) -> str:
         """The text that the tokens `ids` have made certain; may be empty.

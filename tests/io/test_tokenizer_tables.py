@@ -89,6 +89,14 @@ def test_stream_joins_to_the_text_of_all_tokens(kind: str, tokenizer: Tokenizer)
         assert text + stream.flush() == tokenizer.decode(ids)
 
 
+def test_stream_after_a_prompt_gives_what_the_whole_text_has_behind_it(kind: str, tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("The steam engine was built in 1712, naïve 🎉 日本", special=False)
+    for cut in range(len(ids) + 1):
+        prompt, stream = tokenizer.decode(ids[:cut]), tokenizer.stream(ids[:cut])
+        if not prompt.endswith("\ufffd"):  # else a character is cut in two
+            assert prompt + stream.push(ids[cut:]) + stream.flush() == tokenizer.decode(ids), cut
+
+
 def test_vocabulary_equals_that_of_transformers_and_of_its_tokenizer_json(
     kind: str, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
