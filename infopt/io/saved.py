@@ -72,7 +72,7 @@ def save(folder: str | Path, model: Model, params: Params) -> None:
 
     Args:
       folder: a new folder, an empty one, or a saved stack, which is replaced. A save that is killed leaves the old
-        stack or the new one, and perhaps a hidden folder `.<name>.saving-*` beside it, which can be deleted.
+        stack or the new one, and perhaps a hidden folder `.<name>.saving-*` beside it, which the next save removes.
       model, params: the stack and its params, of any dtype.
 
     Raises:
@@ -108,6 +108,18 @@ def save(folder: str | Path, model: Model, params: Params) -> None:
         disk.sync_entries(folder.parent)
     if earlier is not None:
         shutil.rmtree(folder / earlier, ignore_errors=True)
+        _remove_unnamed(folder)
+
+
+def _remove_unnamed(folder: Path) -> None:
+    """Remove data that stack.json does not name: a save was killed between the two renames."""
+    with contextlib.suppress(OSError, CheckpointError):
+        data = [name for name in os.listdir(folder) if DATA_NAME.fullmatch(name)]
+        if not disk.is_being_written(folder):  # asked after looking, or its data might be new
+            named = _data_of(folder)
+            for name in data:
+                if name != named:
+                    shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def _replace(new: Path, folder: Path, data: str) -> None:

@@ -418,6 +418,7 @@ def test_a_save_that_ends_anywhere_leaves_the_old_stack_or_the_new_one(how: str,
     for i, name in enumerate(("old", "new")):
         ip.save(tmp_path / name, model, model.init(jax.random.key(i)))
     digests = {name: params_digest(ip.load(tmp_path / name)[1]) for name in ("old", "new")}
+    params = model.init(jax.random.key(2))
     (tmp_path / "runs").mkdir()
     old = tmp_path / "old" if there == "a stack" else "none"
     command = [sys.executable, "-c", HINDERED, str(tmp_path / "runs"), how, str(old), str(tmp_path / "new")]
@@ -438,8 +439,11 @@ def test_a_save_that_ends_anywhere_leaves_the_old_stack_or_the_new_one(how: str,
         if code == 3:
             assert left == [], "an error leaves nothing beside"
         assert all(p.startswith(".stack.saving-") for p in left)
+        ip.save(place / "stack", model, params)  # and the next save is not hindered
+        assert [p.name for p in place.iterdir()] == ["stack"], "it removes what was left"
+        (data,) = place.glob("stack/data-*")
+        assert data.name == json.loads((place / "stack" / "stack.json").read_text())["data"]
     assert found == ({"old", "new"} if there == "a stack" else {"nothing", "new"})
-    ip.save(place / "stack", model, model.init(jax.random.key(2)))  # and the next save is not hindered
 
 
 def test_a_disk_that_refuses_bytes_is_told_and_the_old_stack_stays(tmp_path: Path) -> None:
