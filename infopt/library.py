@@ -103,7 +103,7 @@ def families_table() -> str:
     from infopt.model import FAMILIES
 
     of_hub: dict[str, list[str]] = {}
-    for kind, (family, _) in huggingface.CONFIGS.items():
+    for kind, family in huggingface.MODEL_TYPES.items():
         of_hub.setdefault(family, []).append(f"`{kind}`")
     lines = ["| family | what it is | Hugging Face `model_type` | GGUF architecture |", "|---|---|---|---|"]
     for family in sorted(of_hub):

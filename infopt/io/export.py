@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,11 @@ import numpy as np
 
 from infopt.errors import CheckpointError, nearest
 from infopt.io import disk
-from infopt.io.checkpoint import DTYPES, row_chunks
-from infopt.io.huggingface import source
+from infopt.io.checkpoint import DTYPES, Source, file_shapes, row_chunks
+from infopt.io.huggingface import PUBLISHED
 from infopt.io.tokenizer import Tokenizer
-from infopt.model import FAMILIES, Model, Weights, check_params, shapes
-from infopt.models.gemma3 import Gemma3Config
-from infopt.models.llama import LlamaConfig
-from infopt.spec import LinearRope, Llama3Rope, RopeScaling, Spec, TableRope, YarnRope, oracle
+from infopt.model import Model, Weights, check_params, shapes
+from infopt.spec import Config, Spec
 from infopt.typing import Params
 
 STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -31,7 +30,8 @@ def export(folder: str | Path, model: Model, params: Params, dtype: str | None =
     """Write a dense model as a Hugging Face folder, for `transformers`, and for `ip.load`.
 
     config.json, model.safetensors, and tokenizer.json with its settings where the model has a tokenizer. A cache and
-    its pages are left out, as they change nothing of what is computed; what the format cannot say is refused.
+    its pages are left out, as they change nothing of what is computed. Fewer key/value heads, and windows where the
+    family can have them, stand in config.json; what the format cannot say is refused.
 
     Args:
       folder: a new folder, or an empty one. It is there whole or not at all.
@@ -51,7 +51,7 @@ def export(folder: str | Path, model: Model, params: Params, dtype: str | None =
     1
     """
     folder = Path(folder).expanduser().resolve()
-    _check_stack(model)
+    config = _config_of(model)
     check_params(model.spec, params)
     if dtype is not None and dtype not in STORED:
         raise CheckpointError(
@@ -68,7 +68,7 @@ def export(folder: str | Path, model: Model, params: Params, dtype: str | None =
             fix='dtype="float32"',
         )
     widest = max(types.values(), key=lambda name: DTYPES[name].itemsize)
-    settings = CONFIGS[model.spec.family](model.spec.config) | {"torch_dtype": widest}
+    settings = PUBLISHED[model.spec.family].write(config) | {"torch_dtype": widest}
     if model.tokenizer is not None:
         ids = [*model.tokenizer.eos_ids]
         settings["eos_token_id"] = (ids if len(ids) > 1 else ids[0]) if ids else None
@@ -88,13 +88,13 @@ def export(folder: str | Path, model: Model, params: Params, dtype: str | None =
         disk.sync_entries(folder.parent)
 
 
-def _check_stack(model: Model) -> None:
-    """Raise unless a config.json can say all that the stack computes."""
+def _config_of(model: Model) -> Config:
+    """A config that says all that the stack computes; raises where there is none."""
     spec = model.spec
-    if spec.family not in CONFIGS:
+    if spec.family not in PUBLISHED:
         raise CheckpointError(
             f"a model of the family {spec.family!r} cannot be exported.",
-            why=f"those with a counterpart in transformers are {', '.join(CONFIGS)}.",
+            why=f"those with a counterpart in transformers are {', '.join(PUBLISHED)}.",
             fix="ip.save keeps it, for ip.load",
         )
     if spec.program is not None:
@@ -109,13 +109,11 @@ def _check_stack(model: Model) -> None:
             why="transformers has other packings.",
             fix="dense = ip.dequantize()(model); ip.export(folder, dense, dense.convert(params, source=model))",
         )
-    plain = Model.of(FAMILIES[spec.family], spec.config).spec
-    if oracle(spec) != plain:
-        different = "windows" if spec.window != plain.window else "rounded keys and values"
+    if spec.kv is not None:
         raise CheckpointError(
-            f"a stack with {different} that the family does not have cannot be exported.",
-            why=f"a config.json of {spec.family} cannot say them, and the folder would compute something else.",
-            fix="export the model before sliding_window(...) and cache_kv(bits=...), with its params",
+            "a stack with rounded keys and values cannot be exported.",
+            why="a config.json cannot say them, and the folder would compute something else.",
+            fix="export the model before cache_kv(bits=...), with its params",
         )
     if model.tokenizer is not None and not isinstance(model.tokenizer, Tokenizer):
         raise CheckpointError(
@@ -123,127 +121,71 @@ def _check_stack(model: Model) -> None:
             why="a tokenizer.json is what is written of it.",
             fix="dataclasses.replace(model, tokenizer=None)",
         )
+    return _with_windows(spec)
 
 
-# ---------------------------------------------------------------------------------------------------------- the configs
-
-
-def _common(c: Any, architecture: str, model_type: str) -> dict[str, Any]:
-    return {
-        "architectures": [architecture],
-        "model_type": model_type,
-        "vocab_size": c.vocab,
-        "hidden_size": c.dim,
-        "intermediate_size": c.mlp,
-        "num_hidden_layers": c.layers,
-        "num_attention_heads": c.heads,
-        "num_key_value_heads": c.kv_heads,
-        "head_dim": c.head_dim,
-        "max_position_embeddings": c.context,
-        "rms_norm_eps": c.norm_eps,
-        "rope_theta": c.rope_theta,
-        "tie_word_embeddings": c.tied,
-        "attention_bias": False,
-        # Said, or transformers' defaults for the class would mean tokens of another vocabulary.
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "pad_token_id": None,
-    }
-
-
-def _rope_scaling(s: RopeScaling | None) -> dict[str, Any] | None:
-    match s:
-        case None:
-            return None
-        case LinearRope():
-            return {"rope_type": "linear", "factor": s.factor}
-        case Llama3Rope():
-            return {
-                "rope_type": "llama3",
-                "factor": s.factor,
-                "low_freq_factor": s.low_freq_factor,
-                "high_freq_factor": s.high_freq_factor,
-                "original_max_position_embeddings": s.original_context,
-            }
-        case YarnRope():
-            return {
-                "rope_type": "yarn",
-                "factor": s.factor,
-                "original_max_position_embeddings": s.original_context,
-                "beta_fast": s.beta_fast,
-                "beta_slow": s.beta_slow,
-                "attention_factor": s.attention_factor,
-                "truncate": s.truncate,
-            }
-        case TableRope():
-            raise CheckpointError(
-                "a model whose positions are stretched by a table cannot be exported.",
-                why="the published form holds two tables, for short and for long texts, and one of them is here.",
-                fix="ip.save keeps it, for ip.load",
-            )
-
-
-def _llama(c: LlamaConfig) -> dict[str, Any]:
-    return _common(c, "LlamaForCausalLM", "llama") | {
-        "hidden_act": "silu",
-        "mlp_bias": False,
-        "rope_scaling": _rope_scaling(c.rope_scaling),
-    }
-
-
-def _gemma3(c: Gemma3Config) -> dict[str, Any]:
-    local = [window is not None for window in c.windows()]
-    scale = c.query_scale
-    settings = _common(c, "Gemma3ForCausalLM", "gemma3_text") | {
-        "hidden_activation": "gelu_pytorch_tanh",
-        "query_pre_attn_scalar": int(scale) if scale == int(scale) else scale,
-        "sliding_window": c.window,
-        "layer_types": ["sliding_attention" if near else "full_attention" for near in local],
-        "rope_local_base_freq": c.local_rope_theta,
-        "rope_scaling": _rope_scaling(c.rope_scaling),
-        "attn_logit_softcapping": None,
-        "final_logit_softcapping": None,
-    }
-    if c.pattern == (True,) * (c.period - 1) + (False,):  # what releases before layer_types read
-        settings["sliding_window_pattern"] = c.period
-    return settings
-
-
-CONFIGS: dict[str, Callable[[Any], dict[str, Any]]] = {"llama": _llama, "gemma3": _gemma3}
-"""By family: its config.json, in the older spelling, which every release reads: one that knows only it would take a
-missing `rope_theta` for 10000 without a word. A family joins by one line."""
+def _with_windows(spec: Spec) -> Config:
+    """The config, with the stack's windows as the family's own."""
+    config, seen = spec.config, {window for window in spec.window if window is not None}
+    if config.windows() == spec.window:
+        return config
+    fields = {field.name for field in dataclasses.fields(config)}
+    if any(window.sinks for window in seen):
+        why = "a config.json cannot say sinks"
+    elif "window" not in fields:
+        why = f"a config.json of {spec.family} cannot say windows"
+    elif len(seen) > 1:
+        why = f"a config.json has one size for all windows, and these are {', '.join(sorted(map(str, seen)))} positions"
+    else:
+        (window,) = seen
+        local = {"local": tuple(window is not None for window in spec.window)} if "local" in fields else {}
+        said = dataclasses.replace(config, **{"window": window.size} | local)
+        if said.windows() == spec.window:
+            return said
+        why = f"a config.json of {spec.family} cannot say which layers have windows"
+    raise CheckpointError(
+        f"a {spec.family} with these windows cannot be exported.",
+        why=f"{why}, and the folder would compute something else.",
+        fix="export the model before sliding_window(...), with its params; ip.save keeps it, for ip.load",
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- the files
 
 
-def _published_name(spec: Spec, logical: str) -> str:
-    (name,) = source(spec.family, spec.config, logical, shapes(spec)[logical], "model.", "lm_head.weight").files
-    return name
-
-
 def _write_safetensors(path: Path, spec: Spec, weights: Weights, types: dict[str, str]) -> None:
-    """One weight after another: the library's own writer takes a copy of all of them."""
+    """One tensor after another: the library's own writer takes a copy of all of them."""
+    wanted = shapes(spec)
+    sources = PUBLISHED[spec.family].sources(wanted)
+    held: dict[str, list[str]] = {}  # what each tensor holds, in order
+    for name in sorted(sources, key=lambda name: sources[name].start):
+        for file in sources[name].files:
+            held.setdefault(file, []).append(name)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    stored: dict[str, np.dtype[Any]] = {}
     end = 0
-    for name, shape in shapes(spec).items():
-        start, end = end, end + math.prod(shape) * DTYPES[types[name]].itemsize
-        header[_published_name(spec, name)] = {
-            "dtype": STORED[types[name]],
-            "shape": list(shape),
-            "data_offsets": [start, end],
-        }
+    for file, shape in file_shapes(sources, wanted).items():
+        kinds = {types[name] for name in held[file]}
+        kind = kinds.pop() if len(kinds) == 1 else "float32"
+        stored[file] = DTYPES[kind]
+        start, end = end, end + math.prod(shape) * DTYPES[kind].itemsize
+        header[file] = {"dtype": STORED[kind], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the data begin on a multiple of eight bytes
-    with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for name in shapes(spec):
-            for chunk in _chunks(weights[name], DTYPES[types[name]]):
-                file.write(chunk.tobytes())
+    with open(path, "wb") as out:
+        out.write(struct.pack("<Q", len(text)) + text)
+        for file, dtype in stored.items():
+            for rows in _rows(file, [(sources[name], weights[name]) for name in held[file]]):
+                out.write(rows.astype(dtype).tobytes())
 
 
-def _chunks(x: np.ndarray, dtype: np.dtype[Any]) -> Iterator[np.ndarray]:
-    return (x[part].astype(dtype) for part in row_chunks(x.shape))
+def _rows(file: str, parts: list[tuple[Source, np.ndarray]]) -> Iterator[np.ndarray]:
+    """A tensor out of the weights that it holds, a few rows at a time."""
+    held = [x[where.files.index(file)] if len(where.files) > 1 else x for where, x in parts]
+    if parts[0][0].transposed:
+        rows = held[0].shape[1], sum(x.shape[0] for x in held)
+        return (np.concatenate([x[:, part].T for x in held], axis=1) for part in row_chunks(rows))
+    return (x[part] for x in held for part in row_chunks(x.shape))
 
 
 def _write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:

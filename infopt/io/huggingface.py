@@ -6,8 +6,9 @@ import dataclasses
 import functools
 import json
 import math
+import typing
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +43,11 @@ from infopt.models import (
     Qwen3MoeConfig,
     SmolLM3Config,
 )
-from infopt.models.base import shortest_period
+from infopt.models.base import DecoderConfig, shortest_period
 from infopt.spec import Config, LinearRope, Llama3Rope, TableRope, YarnRope
 
 DTYPES_READ = ("F64", "F32", "F16", "BF16")
 
-PREFIXES = ("model.", "model.language_model.", "language_model.model.", "")
 OTHER_SENSES = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
 
 
@@ -100,27 +100,6 @@ def _read_json(path: Path) -> _Json:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read.", why=str(error), fix="fetch the model again") from error
     return _Json(str(path), values)
-
-
-def _common(c: _Json, tied: bool) -> dict[str, Any]:
-    c.refuse(
-        attention_bias=False,
-        mlp_bias=False,
-        use_bidirectional_attention=False,
-    )
-    heads = c.get("num_attention_heads", int)
-    return dict(
-        vocab=c.get("vocab_size", int),
-        dim=c.get("hidden_size", int),
-        layers=c.get("num_hidden_layers", int),
-        heads=heads,
-        kv_heads=c.get("num_key_value_heads", int, heads),
-        head_dim=c.get("head_dim", int, c.get("hidden_size", int) // max(heads, 1)),
-        context=c.get("max_position_embeddings", int),
-        mlp=c.get("intermediate_size", int),
-        norm_eps=c.get("rms_norm_eps", float, 1e-6),
-        tied=c.get("tie_word_embeddings", bool, tied),
-    )
 
 
 def _rope_part(c: _Json, kind: str = "") -> _Json:
@@ -217,10 +196,6 @@ def _rotated(c: _Json) -> float:
     return _rope_part(c).get("partial_rotary_factor", float, c.get("partial_rotary_factor", float, 1.0))
 
 
-def _window(c: _Json, used: bool = True) -> int | None:
-    return c.get("sliding_window", int) if used and c.values.get("sliding_window") is not None else None
-
-
 def _locals(c: _Json, layers: int, default: Callable[[int], bool]) -> tuple[bool, ...]:
     """Which layers see a window, as a period."""
     kinds = c.get("layer_types", list) if c.values.get("layer_types") else None
@@ -235,263 +210,510 @@ def _locals(c: _Json, layers: int, default: Callable[[int], bool]) -> tuple[bool
     return shortest_period([kind == "sliding_attention" for kind in kinds])
 
 
-def _llama(c: _Json, context: int | None) -> Config:
-    c.refuse(hidden_act="silu")
-    _plain_width(c)
-    return make_config(LlamaConfig, c.where, **_rope(c, _common(c, tied=False), context))
+def _write_rope(c: DecoderConfig) -> dict[str, Any]:
+    """The older spelling, which every release reads: one that knows only it would take a missing `rope_theta` for
+    10000 without a word.
+
+    A stretch that `context` settled is written as what it was settled to.
+    """
+    match c.rope_scaling:
+        case None:
+            scaling = None
+        case LinearRope() as s:
+            scaling = {"rope_type": "linear", "factor": s.factor}
+        case Llama3Rope() as s:
+            scaling = {
+                "rope_type": "llama3",
+                "factor": s.factor,
+                "low_freq_factor": s.low_freq_factor,
+                "high_freq_factor": s.high_freq_factor,
+                "original_max_position_embeddings": s.original_context,
+            }
+        case YarnRope() as s:
+            scaling = {
+                "rope_type": "yarn",
+                "factor": s.factor,
+                "original_max_position_embeddings": s.original_context,
+                "beta_fast": s.beta_fast,
+                "beta_slow": s.beta_slow,
+                "attention_factor": s.attention_factor,
+                "truncate": s.truncate,
+            }
+        case TableRope() as s:  # both tables are the one that is here, so that it holds for texts of any length
+            scaling = {
+                "rope_type": "longrope",
+                "factor": 1.0,
+                "original_max_position_embeddings": c.context,
+                "attention_factor": s.attention_factor,
+                "short_factor": list(s.divisors),
+                "long_factor": list(s.divisors),
+            }
+    return {"rope_theta": c.rope_theta, "rope_scaling": scaling}
 
 
-def _plain_width(c: _Json) -> None:
-    if _rotated(c) != 1:
-        raise CheckpointError(
-            f"{c.where}: partial_rotary_factor={_rotated(c)} is not computed here.",
-            why="in this family all of a head is turned.",
-            fix="use a checkpoint of the plain architecture",
-        )
+# --------------------------------------------------------------------------------------------------------- the families
 
 
-def _mistral(c: _Json, context: int | None) -> Config:
-    c.refuse(hidden_act="silu")
-    _plain_width(c)
-    c = c.default(sliding_window=4096) if "sliding_window" not in c.values else c
-    return make_config(MistralConfig, c.where, window=_window(c), **_rope(c, _common(c, tied=False), context))
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """Fields of a config that are more than the value of one key: read one way, written the other.
+
+    Args:
+      read: `(settings, the plain fields) -> fields`.
+      write: `config -> settings`.
+    """
+
+    read: Callable[[_Json, dict[str, Any]], dict[str, Any]]
+    write: Callable[[Any], dict[str, Any]]
 
 
-def _smollm3(c: _Json, context: int | None) -> Config:
-    c.refuse(hidden_act="silu", use_sliding_window=False)
-    _plain_width(c)
-    common = _common(c, tied=True)
+def _unsaid(what: str, read: str) -> CheckpointError:
+    return CheckpointError(
+        f"{what} cannot be exported.", why=f"transformers reads {read}.", fix="ip.save keeps it, for ip.load"
+    )
+
+
+def _read_window(c: _Json, absent: int | None = None) -> int | None:
+    """Null is no window; no key is the class's own."""
+    return None if c.values.get("sliding_window", absent) is None else c.get("sliding_window", int, absent)
+
+
+def _read_used_window(c: _Json) -> int | None:
+    return _read_window(c) if c.get("use_sliding_window", bool, False) else None
+
+
+def _one_window(absent: int | None = None) -> _Part:
+    return _Part(lambda c, f: {"window": _read_window(c, absent)}, lambda c: {"sliding_window": c.window})
+
+
+def _write_locals(c: Any) -> dict[str, Any]:
+    kinds = ["full_attention" if window is None else "sliding_attention" for window in c.windows()]
+    return {"sliding_window": c.window, "layer_types": kinds}
+
+
+def _write_used_window(c: Any) -> dict[str, Any]:
+    # what releases before layer_types read, where it can say it: the first layer that sees a window
+    near = [window is not None for window in c.windows()]
+    first = near.index(True) if True in near else c.layers
+    upper = {"max_window_layers": first} if all(near[first:]) else {}
+    return {"use_sliding_window": c.window is not None, "sliding_window": c.window} | upper
+
+
+def _read_upper(c: _Json, fields: dict[str, Any]) -> dict[str, Any]:
+    window, first = _read_used_window(c), c.get("max_window_layers", int, 28)
+    local = _locals(c, fields["layers"], lambda i: window is not None and i >= first)
+    return {"window": window, "local": local if window is not None else (False,)}
+
+
+_UPPER = _Part(_read_upper, lambda c: _write_locals(c) | _write_used_window(c))
+_EVERY_LAYER = _Part(lambda c, f: {"window": _read_used_window(c)}, _write_used_window)
+
+
+def _read_turned(c: _Json, fields: dict[str, Any]) -> dict[str, Any]:
     interval = max(1, c.get("no_rope_layer_interval", int, 4))
-    turned = c.get("no_rope_layers", list, [int((i + 1) % interval != 0) for i in range(common["layers"])])
-    if len(turned) != common["layers"]:
+    turned = c.get("no_rope_layers", list, [int((i + 1) % interval != 0) for i in range(fields["layers"])])
+    if len(turned) != fields["layers"]:
         raise CheckpointError(
-            f"{c.where}: no_rope_layers has {len(turned)} entries for {common['layers']} layers.",
+            f"{c.where}: no_rope_layers has {len(turned)} entries for {fields['layers']} layers.",
             why="it says of each layer whether it has positions.",
             fix="fetch the model again",
         )
-    rotated = shortest_period([bool(x) for x in turned])
-    return make_config(SmolLM3Config, c.where, rotated=rotated, **_rope(c, common, context, theta=2_000_000.0))
+    return {"rotated": shortest_period([bool(x) for x in turned])}
 
 
-def _qwen_windows(c: _Json, layers: int) -> dict[str, Any]:
-    used = c.get("use_sliding_window", bool, False)
-    first = c.get("max_window_layers", int, 28)
-    window = _window(c, used)
-    local = _locals(c, layers, lambda i: window is not None and i >= first)
-    return dict(window=window, local=local if window is not None else (False,))
+def _read_rotated(c: _Json, fields: dict[str, Any]) -> dict[str, Any]:
+    rotated = int(fields["head_dim"] * _rotated(c))
+    return {"rotated": None if rotated == fields["head_dim"] else rotated}
 
 
-def _qwen2(c: _Json, context: int | None) -> Config:
-    c.refuse(hidden_act="silu")
-    _plain_width(c)
-    common = _common(c, tied=False)
-    return make_config(Qwen2Config, c.where, **_qwen_windows(c, common["layers"]), **_rope(c, common, context))
+def _write_rotated(c: Phi3Config) -> dict[str, Any]:
+    if c.rope_scaling is not None and not isinstance(c.rope_scaling, TableRope):
+        raise _unsaid(f"a phi3 whose positions are stretched by {c.rope_scaling.kind!r}", "by a table, or not at all")
+    if c.rope_scaling is not None and c.head_dim != c.dim // c.heads:
+        raise _unsaid(
+            "a phi3 with a table for positions and head_dim other than dim / heads", "the table by dim / heads"
+        )
+    share = 1.0 if c.rotated is None else c.rotated / c.head_dim
+    if c.rotated is not None and int(c.head_dim * share) < c.rotated:  # readers cut off what rounding left
+        share = math.nextafter(share, 1.0)
+    first = {} if c.rope_scaling is None else {"original_max_position_embeddings": c.context}  # or the class's own
+    return {"partial_rotary_factor": share} | first
 
 
-def _qwen3(c: _Json, context: int | None) -> Config:
-    c.refuse(hidden_act="silu")
-    _plain_width(c)
-    common = _common(c.default(head_dim=128), tied=False)
-    return make_config(Qwen3Config, c.where, **_qwen_windows(c, common["layers"]), **_rope(c, common, context))
+def _read_caps(c: _Json, fields: dict[str, Any]) -> dict[str, Any]:
+    own = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}  # null is none, and no key is these
+    attn, final = (None if c.values.get(k, v) is None else c.get(k, float, v) for k, v in own.items())
+    return {"score_cap": attn, "logit_cap": final}
 
 
-def _phi3(c: _Json, context: int | None) -> Config:
-    c.refuse(hidden_act="silu")
-    common = _common(c, tied=False)
-    rotated = int(common["head_dim"] * _rotated(c))
-    fields = _rope(c, common, context)
-    turned = None if rotated == common["head_dim"] else rotated
-    return make_config(Phi3Config, c.where, window=_window(c), rotated=turned, **fields)
+def _write_caps(c: Gemma2Config) -> dict[str, Any]:
+    return {"attn_logit_softcapping": c.score_cap, "final_logit_softcapping": c.logit_cap}
 
 
-def _mixtral(c: _Json, context: int | None) -> Config:
-    c.refuse(hidden_act="silu")
-    _plain_width(c)
-    return make_config(
-        MixtralConfig,
-        c.where,
-        experts=c.get("num_local_experts", int, 8),
-        experts_used=c.get("num_experts_per_tok", int, 2),
-        window=_window(c),
-        **_rope(c, _common(c, tied=False), context, theta=1_000_000.0),
-    )
+def _write_query_scale(c: Any) -> dict[str, Any]:
+    if c.query_scale != int(c.query_scale):
+        raise _unsaid(f"a model with query_scale={c.query_scale}", "a whole number for it (query_pre_attn_scalar)")
+    return {"query_pre_attn_scalar": int(c.query_scale)}
 
 
-def _qwen3_moe(c: _Json, context: int | None) -> Config:
-    c.refuse(hidden_act="silu", decoder_sparse_step=1)
-    if c.values.get("mlp_only_layers"):
-        c.refuse(mlp_only_layers=[])
-    _plain_width(c)
-    common = _common(c, tied=False) | dict(mlp=c.get("moe_intermediate_size", int, 768))
-    return make_config(
-        Qwen3MoeConfig,
-        c.where,
-        experts=c.get("num_experts", int, c.get("num_local_experts", int, 128)),
-        experts_used=c.get("num_experts_per_tok", int, 8),
-        normalise=c.get("norm_topk_prob", bool, False),
-        window=_window(c, c.get("use_sliding_window", bool, False)),
-        **_rope(c, common, context),
-    )
+def _read_experts(c: _Json, fields: dict[str, Any]) -> dict[str, Any]:
+    return {"experts": c.get("num_experts", int, c.get("num_local_experts", int, 128))}
 
 
-def _gemma2(c: _Json, context: int | None) -> Config:
-    caps = [  # null is none, and no key is the class's own
-        None if c.values.get(key, own) is None else c.get(key, float, own)
-        for key, own in (("attn_logit_softcapping", 50.0), ("final_logit_softcapping", 30.0))
-    ]
-    c = c.default(head_dim=256, max_position_embeddings=8192, sliding_window=4096)
-    c.refuse(hidden_activation="gelu_pytorch_tanh")
-    _plain_width(c)
-    common = _common(c, tied=True)
-    return make_config(
-        Gemma2Config,
-        c.where,
-        window=c.get("sliding_window", int),
-        local=_locals(c, common["layers"], lambda i: i % 2 == 0),
-        query_scale=c.get("query_pre_attn_scalar", float, 256.0),
-        score_cap=caps[0],
-        logit_cap=caps[1],
-        **_rope(c, common, context),
-    )
+_QUERY_SCALE = _Part(
+    lambda c, f: {"query_scale": c.get("query_pre_attn_scalar", float, 256.0)},
+    _write_query_scale,
+)
 
 
-def _gemma3(c: _Json, context: int | None) -> Config:
-    # Published configs leave out what the class has by default.
-    c = c.default(
-        vocab_size=262_208,
-        hidden_size=2304,
-        intermediate_size=9216,
-        num_hidden_layers=26,
-        head_dim=256,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        max_position_embeddings=131_072,
-        sliding_window=4096,
-    )
-    common = _common(c, tied=True)
-    c.refuse(hidden_activation="gelu_pytorch_tanh", attn_logit_softcapping=None, final_logit_softcapping=None)
+def _read_gemma2_windows(c: _Json, fields: dict[str, Any]) -> dict[str, Any]:
+    return {"window": c.get("sliding_window", int), "local": _locals(c, fields["layers"], lambda i: i % 2 == 0)}
+
+
+def _read_gemma3_layers(c: _Json, fields: dict[str, Any]) -> dict[str, Any]:
     period = max(1, c.get("sliding_window_pattern", int, 6))
-    near = _rope_part(c, "sliding_attention") if c.values.get("rope_parameters") else c.default(rope_type="default")
+    present = bool(c.values.get("rope_parameters"))
+    near = _rope_part(c, "sliding_attention") if present else c.default(rope_type="default")
     if near.get("rope_type", str, near.values.get("type", "default")) != "default":
         raise CheckpointError(
             f"{near.where}: local positions that are stretched are not computed here.",
             why="a window is always within what was trained.",
             fix="use a checkpoint of the plain architecture",
         )
-    local = near.get("rope_theta", float, 1e4) if c.values.get("rope_parameters") else None
-    return make_config(
-        Gemma3Config,
-        c.where,
-        window=c.get("sliding_window", int),
-        pattern=_locals(c, common["layers"], lambda i: (i + 1) % period != 0),
-        query_scale=c.get("query_pre_attn_scalar", float, 256.0),
-        local_rope_theta=c.get("rope_local_base_freq", float, 1e4) if local is None else local,
-        **_rope(c, common, context, theta=1e6, kind="full_attention"),
-    )
+    return {
+        "window": c.get("sliding_window", int),
+        "pattern": _locals(c, fields["layers"], lambda i: (i + 1) % period != 0),
+        "local_rope_theta": near.get("rope_theta" if present else "rope_local_base_freq", float, 1e4),
+    }
 
 
-def _gpt2(c: _Json, context: int | None) -> Config:
-    c.refuse(
-        activation_function="gelu_new",
-        scale_attn_weights=True,
-        scale_attn_by_inverse_layer_idx=False,
-        add_cross_attention=False,
-    )
-    dim, heads, trained = c.get("n_embd", int), c.get("n_head", int), c.get("n_positions", int)
-    if context is not None and context > trained:
-        raise CheckpointError(
-            f"{c.where}: context={context} is beyond the model's {trained} positions.",
-            why="they are rows of a table, which has no more.",
-            fix=f"context={trained}, or less",
-        )
-    return make_config(
-        GPT2Config,
-        c.where,
-        vocab=c.get("vocab_size", int),
-        dim=dim,
-        layers=c.get("n_layer", int),
-        heads=heads,
-        kv_heads=heads,
-        head_dim=dim // max(heads, 1),
-        context=trained,
-        mlp=c.get("n_inner", int, 4 * dim),
-        norm_eps=c.get("layer_norm_epsilon", float, 1e-5),
-        tied=c.get("tie_word_embeddings", bool, True),
-    )
+def _write_gemma3_layers(c: Gemma3Config) -> dict[str, Any]:
+    settings = _write_locals(c) | {"rope_local_base_freq": c.local_rope_theta}
+    if c.pattern == (True,) * (c.period - 1) + (False,):  # what releases before layer_types read
+        settings["sliding_window_pattern"] = c.period
+    return settings
 
 
-CONFIGS: dict[str, tuple[str, Callable[[_Json, int | None], Config]]] = {
-    "llama": ("llama", _llama),
-    "mistral": ("mistral", _mistral),
-    "smollm3": ("smollm3", _smollm3),
-    "qwen2": ("qwen2", _qwen2),
-    "qwen3": ("qwen3", _qwen3),
-    "phi3": ("phi3", _phi3),
-    "mixtral": ("mixtral", _mixtral),
-    "qwen3_moe": ("qwen3_moe", _qwen3_moe),
-    "gemma2": ("gemma2", _gemma2),
-    "gemma3_text": ("gemma3", _gemma3),
-    "gemma3": ("gemma3", lambda c, context: _gemma3(_Json(c.where, c.get("text_config", dict)), context)),
-    "gpt2": ("gpt2", _gpt2),
-}
-"""By model_type: the family, and how its config is read, for texts of at most so many tokens."""
-
-
-# ------------------------------------------------------------------------------------------------------------ the names
-
-_LLAMA = {
+_LAYER = {
     "attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm",
     "attn.q": "self_attn.q_proj", "attn.k": "self_attn.k_proj", "attn.v": "self_attn.v_proj",
     "attn.o": "self_attn.o_proj", "attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm",
     "mlp.gate": "mlp.gate_proj", "mlp.up": "mlp.up_proj", "mlp.down": "mlp.down_proj",
 }  # fmt: skip
-_GEMMA = _LLAMA | {
+_GEMMA_LAYER = _LAYER | {
     "attn_out_norm": "post_attention_layernorm",
     "mlp_norm": "pre_feedforward_layernorm",
     "mlp_out_norm": "post_feedforward_layernorm",
 }
-LAYER_NAMES: dict[str, dict[str, str]] = {
-    "gemma2": _GEMMA,
-    "gemma3": _GEMMA,
-    "mixtral": _LLAMA | {
-        "mlp.router": "block_sparse_moe.gate", "mlp.experts.gate": "block_sparse_moe.experts.{}.w1",
-        "mlp.experts.up": "block_sparse_moe.experts.{}.w3", "mlp.experts.down": "block_sparse_moe.experts.{}.w2",
-    },
-    "qwen3_moe": _LLAMA | {
-        "mlp.router": "mlp.gate", "mlp.experts.gate": "mlp.experts.{}.gate_proj",
-        "mlp.experts.up": "mlp.experts.{}.up_proj", "mlp.experts.down": "mlp.experts.{}.down_proj",
-    },
-    "gpt2": {
-        "attn_norm": "ln_1", "mlp_norm": "ln_2", "attn.o": "attn.c_proj", "mlp.up": "mlp.c_fc",
-        "mlp.down": "mlp.c_proj",
-    },
+_KEYS = {
+    "vocab": "vocab_size", "dim": "hidden_size", "mlp": "intermediate_size", "layers": "num_hidden_layers",
+    "heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "head_dim": "head_dim",
+    "context": "max_position_embeddings", "norm_eps": "rms_norm_eps", "tied": "tie_word_embeddings",
 }  # fmt: skip
-"""What a layer's weights are called, where it is not as in Llama; `{}` is an expert."""
-TOP_NAMES = {"embed": "embed_tokens", "final_norm": "norm"}
-GPT2_TOP = {"embed": "wte", "positions": "wpe", "final_norm": "ln_f"}
+_PLAIN = {"attention_bias": False, "mlp_bias": False, "use_bidirectional_attention": False}
+_SILU = {"hidden_act": "silu"}
+_GELU = {"hidden_activation": "gelu_pytorch_tanh", "attention_bias": False}
+_TEXT = ("model.", "model.language_model.", "language_model.model.", "")
 
 
-def source(family: str, c: Any, logical: str, shape: tuple[int, ...], prefix: str, head: str) -> Source:
-    """Where a weight lies: its tensors, and which part of them."""
-    stem, kind = (logical.removesuffix("_bias"), "bias") if logical.endswith("_bias") else (logical, "weight")
-    if logical == "head":
-        return Source((head,))
-    if not logical.startswith("layers."):
-        return Source((f"{prefix}{(GPT2_TOP if family == 'gpt2' else TOP_NAMES)[stem]}.{kind}",))
-    _, layer, rest = stem.split(".", 2)
-    start = f"{prefix}{'h' if family == 'gpt2' else 'layers'}.{layer}."
-    names = LAYER_NAMES.get(family, _LLAMA)
-    transposed = family == "gpt2" and len(shape) == 2
-    q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
-    if family in ("phi3", "gpt2") and rest in ("attn.q", "attn.k", "attn.v"):
-        first = {"attn.q": 0, "attn.k": q, "attn.v": q + kv}[rest]
-        fused = "attn.c_attn" if family == "gpt2" else "self_attn.qkv_proj"
-        return Source((f"{start}{fused}.{kind}",), first, q + 2 * kv, transposed)
-    if family == "phi3" and rest in ("mlp.gate", "mlp.up"):
-        return Source((f"{start}mlp.gate_up_proj.{kind}",), c.mlp * (rest == "mlp.up"), 2 * c.mlp)
-    if rest.startswith("mlp.experts."):
-        return Source(tuple(f"{start}{names[rest].format(e)}.{kind}" for e in range(shape[0])))
-    return Source((f"{start}{names[rest]}.{kind}",), transposed=transposed)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Published:
+    """How a family is published: read by `ip.load`, written by `ip.export`.
+
+    Args:
+      config: the family's config.
+      model_type, architecture: what config.json calls it.
+      plain: keys with the one value that is computed here.
+      keys: each field of the config that is the value of one key.
+      defaults: what `transformers` takes for an absent or null key.
+      parts: the other fields, apart from those of the rope.
+      rope_theta: the default; rope_layers: which layers' rope it is, where there are two.
+      turned_in_part: not all of a head need be turned.
+      layer: what a layer's weights are called; `{}` is an expert; where several are called the same, they are the rows
+        of one tensor, in this order.
+      top: what the other weights are called; layers: what the list of layers is.
+      prefixes: what may stand before a name; the first is written.
+      transposed: matrices are stored `[in, out]`.
+      unused: ends of the names of tensors that are no weights.
+      heads_divide: `transformers` reads only models whose `heads` divide `dim`.
+    """
+
+    config: type[Config]
+    model_type: str
+    architecture: str
+    plain: Mapping[str, Any] = dataclasses.field(default_factory=lambda: dict(_SILU))
+    keys: Mapping[str, str] = dataclasses.field(default_factory=lambda: dict(_KEYS))
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    parts: tuple[_Part, ...] = ()
+    rope_theta: float = 10_000.0
+    rope_layers: str = ""
+    turned_in_part: bool = False
+    layer: Mapping[str, str] = dataclasses.field(default_factory=lambda: dict(_LAYER))
+    top: Mapping[str, str] = dataclasses.field(default_factory=lambda: {"embed": "embed_tokens", "final_norm": "norm"})
+    layers: str = "layers"
+    prefixes: tuple[str, ...] = _TEXT
+    transposed: bool = False
+    unused: tuple[str, ...] = ("rotary_emb.inv_freq",)  # follows from the config
+    heads_divide: bool = False
+
+    def read(self, c: _Json, context: int | None) -> Config:
+        """The config that config.json describes, for texts of at most so many tokens."""
+        c = c.default(**{"rms_norm_eps": 1e-6, "tie_word_embeddings": False} | dict(self.defaults))
+        c.refuse(**_PLAIN | dict(self.plain))
+        kinds = typing.get_type_hints(self.config)
+        fields = {
+            field: c.get(key, kinds[field]) for field, key in self.keys.items() if field not in ("kv_heads", "head_dim")
+        }
+        derived = {"kv_heads": fields["heads"], "head_dim": fields["dim"] // max(fields["heads"], 1)}
+        fields |= {f: c.get(self.keys[f], int, x) if f in self.keys else x for f, x in derived.items()}
+        for part in self.parts:
+            fields |= part.read(c, fields)
+        if "rope_theta" in kinds:
+            if not self.turned_in_part and _rotated(c) != 1:
+                raise CheckpointError(
+                    f"{c.where}: partial_rotary_factor={_rotated(c)} is not computed here.",
+                    why="in this family all of a head is turned.",
+                    fix="use a checkpoint of the plain architecture",
+                )
+            fields = _rope(c, fields, context, self.rope_theta, self.rope_layers)
+        elif context is not None and context > fields["context"]:
+            raise CheckpointError(
+                f"{c.where}: context={context} is beyond the model's {fields['context']} positions.",
+                why="they are rows of a table, which has no more.",
+                fix=f"context={fields['context']}, or less",
+            )
+        return make_config(self.config, c.where, **fields)
+
+    def write(self, c: Any) -> dict[str, Any]:
+        """A config.json that is read as this config, here and by `transformers`.
+
+        Raises:
+          CheckpointError: there is none.
+        """
+        if self.heads_divide and c.dim % c.heads:
+            raise _unsaid(f"a model with dim={c.dim} and heads={c.heads}", "only models whose heads divide dim")
+        settings = {"architectures": [self.architecture], "model_type": self.model_type}
+        settings |= {key: getattr(c, field) for field, key in self.keys.items()} | dict(self.plain)
+        if isinstance(c, DecoderConfig):
+            settings |= _write_rope(c)
+        for part in self.parts:
+            settings |= part.write(c)
+        # Said, or transformers' defaults for the class would mean tokens of another vocabulary.
+        settings |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+        for field, (ours, read) in _differences(c, self.read(_Json("config.json", settings), None)).items():
+            raise CheckpointError(
+                f"a {self.model_type} with {field}={ours!r:.60} cannot be exported.",
+                why=f"its config.json cannot say that: it would be read as {read!r:.60}.",
+                fix="ip.save keeps it, for ip.load",
+            )
+        return settings
+
+    def sources(
+        self, shapes: Mapping[str, tuple[int, ...]], prefix: str | None = None, head: str = "lm_head.weight"
+    ) -> dict[str, Source]:
+        """Where each weight lies: its tensors, and which part of them.
+
+        Args:
+          shapes: of the weights, by logical name.
+          prefix: of the names; the one that is written by default.
+          head: the name of an untied head.
+        """
+        prefix = self.prefixes[0] if prefix is None else prefix
+        found: dict[str, Source] = {}
+        for logical, shape in shapes.items():
+            stem, bias = logical.removesuffix("_bias"), logical.endswith("_bias")
+            kind = "bias" if bias else "weight"
+            if logical == "head":
+                found[logical] = Source((head,))
+                continue
+            if not logical.startswith("layers."):
+                found[logical] = Source((f"{prefix}{self.top[stem]}.{kind}",))
+                continue
+            _, i, rest = stem.split(".", 2)
+            name = f"{prefix}{self.layers}.{i}.{self.layer[rest]}.{kind}"
+            files = tuple(map(name.format, range(shape[0]))) if "{}" in name else (name,)
+            start, of = 0, None
+            together = [x for x, theirs in self.layer.items() if theirs == self.layer[rest]]
+            if len(together) > 1:
+                rows = [shapes[f"layers.{i}.{x}{'_bias' if bias else ''}"][0] for x in together]
+                start, of = sum(rows[: together.index(rest)]), sum(rows)
+            found[logical] = Source(files, start, of, self.transposed and len(shape) == 2)
+        return found
+
+
+def _differences(a: Any, b: Any) -> dict[str, tuple[Any, Any]]:
+    """The fields in which two configs of one family describe different models, and the values of both."""
+
+    def of(c: Any) -> dict[str, Any]:
+        fields = {f.name: getattr(c, f.name) for f in dataclasses.fields(c)}
+        each = {k: tuple(v[i % len(v)] for i in range(c.layers)) for k, v in fields.items() if type(v) is tuple}
+        windows = {k: c.windows() for k in ("window", "local") if k in fields}
+        return fields | each | windows
+
+    one, two = of(a), of(b)
+    return {name: (getattr(a, name), getattr(b, name)) for name in one if one[name] != two[name]}
+
+
+PUBLISHED: dict[str, Published] = {
+    "llama": Published(
+        config=LlamaConfig,
+        model_type="llama",
+        architecture="LlamaForCausalLM",
+        plain=_SILU | {"attention_bias": False, "mlp_bias": False},
+        heads_divide=True,
+    ),
+    "mistral": Published(
+        config=MistralConfig,
+        model_type="mistral",
+        architecture="MistralForCausalLM",
+        parts=(_one_window(absent=4096),),
+    ),
+    "smollm3": Published(
+        config=SmolLM3Config,
+        model_type="smollm3",
+        architecture="SmolLM3ForCausalLM",
+        plain=_SILU | {"attention_bias": False, "mlp_bias": False, "use_sliding_window": False},
+        defaults={"tie_word_embeddings": True},
+        parts=(_Part(_read_turned, lambda c: {"no_rope_layers": [int(x) for x in c.layers_rotated]}),),
+        rope_theta=2_000_000.0,
+    ),
+    "qwen2": Published(
+        config=Qwen2Config,
+        model_type="qwen2",
+        architecture="Qwen2ForCausalLM",
+        parts=(_UPPER,),
+    ),
+    "qwen3": Published(
+        config=Qwen3Config,
+        model_type="qwen3",
+        architecture="Qwen3ForCausalLM",
+        plain=_SILU | {"attention_bias": False},
+        defaults={"head_dim": 128},
+        parts=(_UPPER,),
+    ),
+    "phi3": Published(
+        config=Phi3Config,
+        model_type="phi3",
+        architecture="Phi3ForCausalLM",
+        parts=(_one_window(), _Part(_read_rotated, _write_rotated)),
+        turned_in_part=True,
+        layer=_LAYER
+        | dict.fromkeys(("attn.q", "attn.k", "attn.v"), "self_attn.qkv_proj")
+        | dict.fromkeys(("mlp.gate", "mlp.up"), "mlp.gate_up_proj"),
+    ),
+    "mixtral": Published(
+        config=MixtralConfig,
+        model_type="mixtral",
+        architecture="MixtralForCausalLM",
+        keys=_KEYS | {"experts": "num_local_experts", "experts_used": "num_experts_per_tok"},
+        defaults={"num_local_experts": 8, "num_experts_per_tok": 2},
+        parts=(_one_window(),),
+        rope_theta=1_000_000.0,
+        layer=_LAYER
+        | {
+            "mlp.router": "block_sparse_moe.gate",
+            "mlp.experts.gate": "block_sparse_moe.experts.{}.w1",
+            "mlp.experts.up": "block_sparse_moe.experts.{}.w3",
+            "mlp.experts.down": "block_sparse_moe.experts.{}.w2",
+        },
+    ),
+    "qwen3_moe": Published(
+        config=Qwen3MoeConfig,
+        model_type="qwen3_moe",
+        architecture="Qwen3MoeForCausalLM",
+        plain=_SILU | {"attention_bias": False, "decoder_sparse_step": 1, "mlp_only_layers": []},
+        keys=_KEYS
+        | {
+            "mlp": "moe_intermediate_size",
+            "experts_used": "num_experts_per_tok",
+            "normalise": "norm_topk_prob",
+        },
+        defaults={"moe_intermediate_size": 768, "num_experts_per_tok": 8, "norm_topk_prob": False},
+        parts=(_EVERY_LAYER, _Part(_read_experts, lambda c: {"num_experts": c.experts})),
+        layer=_LAYER
+        | {
+            "mlp.router": "mlp.gate",
+            "mlp.experts.gate": "mlp.experts.{}.gate_proj",
+            "mlp.experts.up": "mlp.experts.{}.up_proj",
+            "mlp.experts.down": "mlp.experts.{}.down_proj",
+        },
+    ),
+    "gemma2": Published(
+        config=Gemma2Config,
+        model_type="gemma2",
+        architecture="Gemma2ForCausalLM",
+        plain=_GELU,
+        defaults={
+            "head_dim": 256,
+            "max_position_embeddings": 8192,
+            "sliding_window": 4096,
+            "tie_word_embeddings": True,
+        },
+        parts=(
+            _Part(_read_gemma2_windows, _write_locals),
+            _QUERY_SCALE,
+            _Part(_read_caps, _write_caps),
+        ),
+        layer=_GEMMA_LAYER,
+        heads_divide=True,
+    ),
+    "gemma3": Published(
+        config=Gemma3Config,
+        model_type="gemma3_text",
+        architecture="Gemma3ForCausalLM",
+        plain=_GELU | {"attn_logit_softcapping": None, "final_logit_softcapping": None},
+        defaults={
+            "vocab_size": 262_208,
+            "hidden_size": 2304,
+            "intermediate_size": 9216,
+            "num_hidden_layers": 26,
+            "head_dim": 256,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 131_072,
+            "sliding_window": 4096,
+            "tie_word_embeddings": True,
+        },
+        parts=(_Part(_read_gemma3_layers, _write_gemma3_layers), _QUERY_SCALE),
+        rope_theta=1_000_000.0,
+        rope_layers="full_attention",
+        layer=_GEMMA_LAYER,
+        heads_divide=True,
+    ),
+    "gpt2": Published(
+        config=GPT2Config,
+        model_type="gpt2",
+        architecture="GPT2LMHeadModel",
+        plain={
+            "activation_function": "gelu_new",
+            "scale_attn_weights": True,
+            "scale_attn_by_inverse_layer_idx": False,
+            "add_cross_attention": False,
+        },
+        keys={
+            "vocab": "vocab_size",
+            "dim": "n_embd",
+            "layers": "n_layer",
+            "heads": "n_head",
+            "context": "n_positions",
+            "norm_eps": "layer_norm_epsilon",
+            "tied": "tie_word_embeddings",
+        },
+        defaults={"layer_norm_epsilon": 1e-5, "tie_word_embeddings": True},
+        parts=(_Part(lambda c, f: {"mlp": c.get("n_inner", int, 4 * f["dim"])}, lambda c: {"n_inner": c.mlp}),),
+        layer={"attn_norm": "ln_1", "mlp_norm": "ln_2"}
+        | dict.fromkeys(("attn.q", "attn.k", "attn.v"), "attn.c_attn")
+        | {"attn.o": "attn.c_proj", "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"},
+        top={"embed": "wte", "positions": "wpe", "final_norm": "ln_f"},
+        layers="h",
+        prefixes=("transformer.", ""),
+        transposed=True,
+        unused=(".attn.bias", ".attn.masked_bias"),  # causal masks
+    ),
+}
+"""By family."""
+MODEL_TYPES = {row.model_type: family for family, row in PUBLISHED.items()} | {"gemma3": "gemma3"}
+"""The family of each model_type. A "gemma3" also sees; its text_config is a "gemma3_text"."""
 
 
 # ---------------------------------------------------------------------------------------------------------- the weights
@@ -579,10 +801,10 @@ def open_checkpoint(folder: Path, dtype: str, context: int | None = None) -> Che
         )
     settings = _read_json(folder / "config.json")
     kind = settings.get("model_type", str)
-    if kind not in CONFIGS:
+    if kind not in MODEL_TYPES:
         raise CheckpointError(
             f"{folder} is of an architecture that is not computed here: {kind!r}.",
-            why=nearest(kind, list(CONFIGS)),
+            why=nearest(kind, list(MODEL_TYPES)),
             fix="use a model of a known one, or define the family with ip.define",
         )
     if settings.values.get("quantization_config"):
@@ -591,22 +813,20 @@ def open_checkpoint(folder: Path, dtype: str, context: int | None = None) -> Che
             why="their packing is not known here.",
             fix="use the float checkpoint, and quantize(...) here; or a GGUF file",
         )
-    family, read_config = CONFIGS[kind]
-    config: Any = read_config(settings, context)
+    family = MODEL_TYPES[kind]
+    row = PUBLISHED[family]
+    text = settings if kind == row.model_type else _Json(settings.where, settings.get("text_config", dict))
+    config: Any = row.read(text, context)
     tensors = _open_shards(folder)
     check_layers(str(folder), config, len(tensors))
-    first = "wte" if family == "gpt2" else "embed_tokens"
-    prefixes = ("transformer.", "") if family == "gpt2" else PREFIXES
-    prefix = next((p for p in prefixes if f"{p}{first}.weight" in tensors), prefixes[0])
+    prefix = next((p for p in row.prefixes if f"{p}{row.top['embed']}.weight" in tensors), row.prefixes[0])
     head = "language_model.lm_head.weight" if prefix == "language_model.model." else "lm_head.weight"
 
     expected = shapes(Model.of(FAMILIES[family], config).spec)
-    sources = {name: source(family, config, name, shape, prefix, head) for name, shape in expected.items()}
-    ignored = {name for name in tensors if name.endswith("rotary_emb.inv_freq")}  # follows from the config
+    sources = row.sources(expected, prefix, head)
+    ignored = {name for name in tensors if name.endswith(row.unused)}
     if kind == "gemma3":
         ignored |= {name for name in tensors if name.startswith(OTHER_SENSES)}  # images: not text
-    if family == "gpt2":
-        ignored |= {name for name in tensors if name.endswith((".attn.bias", ".attn.masked_bias"))}  # causal masks
     if config.tied and head in tensors and (embed := tensors.get(sources["embed"].files[0])) is not None:
         if not _equal(tensors[head], embed):
             raise CheckpointError(

@@ -1,6 +1,7 @@
 """Saved stacks: weights as an orbax checkpoint; Spec, Recipe and what else makes a Model as JSON beside it.
 
-    stack.json                 the version, Spec, Recipe, the tokenizer's digest, and which data folder is meant
+    stack.json                 the version, Spec, Recipe, the tokenizer's digest, which data folder is meant, and the
+                               CRC-32 of each array's file (not in stacks that were saved before there were any)
     data-<hex>/arrays/         an orbax checkpoint: zarr arrays without compression, one chunk each
     data-<hex>/tokenizer.json  where the model has a tokenizer
 
@@ -11,6 +12,7 @@ than its size. stack.json is replaced last, by one rename: a save that is killed
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -24,6 +26,7 @@ import shutil
 import stat
 import types
 import typing
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -72,7 +75,7 @@ def save(folder: str | Path, model: Model, params: Params) -> None:
 
     Args:
       folder: a new folder, an empty one, or a saved stack, which is replaced. A save that is killed leaves the old
-        stack or the new one, and perhaps a hidden folder `.<name>.saving-*` beside it, which can be deleted.
+        stack or the new one, and perhaps a hidden folder `.<name>.saving-*` beside it, which the next save removes.
       model, params: the stack and its params, of any dtype.
 
     Raises:
@@ -92,6 +95,7 @@ def save(folder: str | Path, model: Model, params: Params) -> None:
     check_params(model.spec, params)
     tokenizer, header = model.tokenizer, _header_of(model)
     arrays = _arrays(model.spec, params)
+    header["checksums"] = _checksums(arrays, list(_leaves(model.spec)))
     with disk.written_beside(folder) as temporary:
         earlier = _data_of(folder)
         (temporary / header["data"]).mkdir()
@@ -108,6 +112,18 @@ def save(folder: str | Path, model: Model, params: Params) -> None:
         disk.sync_entries(folder.parent)
     if earlier is not None:
         shutil.rmtree(folder / earlier, ignore_errors=True)
+        _remove_unnamed(folder)
+
+
+def _remove_unnamed(folder: Path) -> None:
+    """Remove data that stack.json does not name: a save was killed between the two renames."""
+    with contextlib.suppress(OSError, CheckpointError):
+        data = [name for name in os.listdir(folder) if DATA_NAME.fullmatch(name)]
+        if not disk.is_being_written(folder):  # asked after looking, or its data might be new
+            named = _data_of(folder)
+            for name in data:
+                if name != named:
+                    shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def _replace(new: Path, folder: Path, data: str) -> None:
@@ -146,12 +162,13 @@ def load(folder: Path, dtype: str) -> tuple[Model, Params]:
     spec = _read_spec(folder, header["spec"], len(os.listdir(data / "arrays")))
     model = Model(spec, Recipe(header["recipe"]), _read_tokenizer(data, header), restored_exact=header["exact"])
     _check_arrays(data / "arrays", spec)
-    weights = _SavedWeights(data / "arrays", spec)
+    sums = header["checksums"]
+    weights = _SavedWeights(data / "arrays", sums, spec)
     if spec.program is None:
         return model, assemble(spec, weights)
     return model, {
         "target": assemble(spec.replace(program=None), weights),
-        "draft": assemble(spec.program.draft, _SavedWeights(data / "arrays", spec.program.draft, "draft.")),
+        "draft": assemble(spec.program.draft, _SavedWeights(data / "arrays", sums, spec.program.draft, "draft.")),
     }
 
 
@@ -253,7 +270,9 @@ def _read_header(folder: Path) -> dict[str, Any]:
         ids = [] if tokenizer is None else tokenizer["eos_ids"]
         texts = [x for step in header["recipe"] for x in step] + ([] if tokenizer is None else [tokenizer["digest"]])
         header["recipe"] = tuple((text, digest) for text, digest in header["recipe"])
+        header.setdefault("checksums", None)
         kinds = isinstance(header["spec"], dict) and type(header["exact"]) is bool
+        kinds = kinds and isinstance(header["checksums"], dict | None)
         right = kinds and all(type(i) is int for i in ids) and all(isinstance(x, str) for x in texts)
         if not right or not DATA_NAME.fullmatch(header["data"]):
             raise ValueError("a value is of another kind")
@@ -422,8 +441,8 @@ def _arrays(spec: Spec, params: Params) -> dict[str, Any]:
 class _SavedWeights(LazyWeights):
     """Weights read when they are asked for: those of one stack of layers together, and let go as they are taken."""
 
-    def __init__(self, folder: Path, spec: Spec, prefix: str = "") -> None:
-        self._folder, self._spec, self._prefix = folder, spec, prefix
+    def __init__(self, folder: Path, checksums: dict[str, str] | None, spec: Spec, prefix: str = "") -> None:
+        self._folder, self._checksums, self._spec, self._prefix = folder, checksums, spec, prefix
         self._read: dict[str, Any] = {}
         super().__init__({name: functools.partial(self._take, name) for name in shapes(spec)})
 
@@ -432,7 +451,10 @@ class _SavedWeights(LazyWeights):
             alike = {self._prefix + n for n in shapes(self._spec) if _within_layer(n) == _within_layer(name)}
             plain = self._spec.replace(program=None)
             leaves = [leaf for leaf in _leaves(plain, self._prefix) if leaf.weight in alike]
-            self._read |= {n.removeprefix(self._prefix): x for n, x in _restore(self._folder, leaves).items()}
+            read = _restore(self._folder, leaves)
+            if self._checksums is not None:
+                _check_values(self._folder, self._checksums, _checksums(read, leaves))
+            self._read |= {n.removeprefix(self._prefix): x for n, x in read.items()}
         x, fmt = self._read.pop(name), self._spec.format_of(name)
         if fmt is None:
             return x
@@ -455,6 +477,26 @@ def _restore(folder: Path, leaves: list[_Leaf]) -> dict[str, Any]:
             return checkpointer.restore(folder, args=wanted)
     except Exception as error:  # orbax and what it stands on raise of many kinds
         raise _damaged(folder.parent.parent, str(error) or type(error).__name__) from error
+
+
+def _checksums(tree: dict[str, Any], leaves: list[_Leaf]) -> dict[str, str]:
+    """The CRC-32 of each array's bytes, which are those of its file, by the name of its folder."""
+
+    def of(leaf: _Leaf) -> str:
+        x = tree[leaf.weight][leaf.part] if leaf.part else tree[leaf.weight]
+        return f"{zlib.crc32(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data):08x}"
+
+    with concurrent.futures.ThreadPoolExecutor() as threads:  # it runs without Python's lock
+        return dict(zip((leaf.file_name for leaf in leaves), threads.map(of, leaves), strict=True))
+
+
+def _check_values(folder: Path, saved: dict[str, str], read: dict[str, str]) -> None:
+    for name, found in read.items():
+        if saved.get(name) != found:
+            raise _damaged(
+                folder.parent.parent,
+                f"{name} holds other values than were saved (CRC-32 {found}, {HEADER}: {saved.get(name)!r:.20})",
+            )
 
 
 def _put(tree: dict[str, Any], leaf: _Leaf, x: Any) -> None:

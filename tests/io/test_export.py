@@ -7,6 +7,8 @@ import errno
 import hashlib
 import json
 import os
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,15 +23,19 @@ from safetensors import safe_open
 import infopt as ip
 from infopt.errors import CheckpointError, ParamsError
 from infopt.io.chat_template import ChatTemplate
-from infopt.io.export import CONFIGS
+from infopt.io.huggingface import PUBLISHED
 from infopt.io.tokenizer import Tokenizer
 from infopt.model import FAMILIES as DEFINED
 from infopt.model import Weights
+from infopt.spec import LinearRope, Llama3Rope, TableRope, YarnRope
 from infopt.testing import base_of
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
-GOLDEN = {"llama": ("llama", ""), "llama_pooled": ("llama", "gqa(1)"), "llama_tied": ("llama_tied", ""),
-          "gemma3": ("gemma3", "")}  # fmt: skip
+sys.path.insert(0, str(FIXTURES))
+from make_export_golden import MODELS, changed  # noqa: E402
+
+CHECKPOINTS = ["llama", "llama_tied", "gemma3", "mistral", "smollm3", "qwen2", "qwen3", "phi3", "gemma2", "gpt2",
+               "mixtral", "qwen3_moe"]  # fmt: skip
 
 
 def same_weights(a: tuple[ip.Model, Any], b: tuple[ip.Model, Any]) -> bool:
@@ -39,52 +45,201 @@ def same_weights(a: tuple[ip.Model, Any], b: tuple[ip.Model, Any]) -> bool:
     )
 
 
+def small(family: str) -> tuple[ip.Model, Any]:
+    """A family's small model; GPT-2's heads are dim / heads wide, as a config.json of it cannot say another width."""
+    if family != "gpt2":
+        return base_of(family)
+    model = ip.models.gpt2(layers=2, dim=32, heads=4, mlp=48, vocab=61, context=64, tied=False)
+    return model, model.init(jax.random.key(3))
+
+
 def words(ends: tuple[int, ...]) -> Tokenizer:
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(61)}, unk_token="w0"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     return Tokenizer(backend, ends)
 
 
-@pytest.mark.parametrize("name", GOLDEN)
+def tensors(folder: Path) -> dict[str, tuple[str, list[int], bytes]]:
+    """Each tensor of a folder: its type, shape and bytes, read without the library."""
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        data = file.read_bytes()
+        end = 8 + int.from_bytes(data[:8], "little")
+        for name, about in json.loads(data[8:end]).items():
+            if name != "__metadata__":
+                start, stop = about["data_offsets"]
+                found[name] = about["dtype"], about["shape"], data[end + start : end + stop]
+    return found
+
+
+def test_every_family_is_published_and_each_has_a_golden() -> None:
+    assert set(PUBLISHED) == set(DEFINED) == {source for source, _, _ in MODELS.values()} - {"llama_tied", "ropes"}
+    assert {row.config for row in PUBLISHED.values()} == {family.config for family in DEFINED.values()}
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_transformers_computes_the_same_with_an_exported_folder(name: str, tmp_path: Path) -> None:
     golden = np.load(FIXTURES / "export_golden.npz")
-    source, stack = GOLDEN[name]
-    model, params = ip.load(FIXTURES / source)
-    transform = ip.parse_stack(stack)
-    pooled = transform(model)
-    params = pooled.convert(params)
-    ip.export(tmp_path / "out", pooled, params)
+    model, params = changed(name)
+    ip.export(tmp_path / "out", model, params)
     # The very files that transformers read when the golden was made:
     assert (tmp_path / "out" / "config.json").read_text() == str(golden[f"{name}/config"])
     digest = hashlib.sha256((tmp_path / "out" / "model.safetensors").read_bytes()).hexdigest()
     assert digest == str(golden[f"{name}/sha256"])
     want = golden[f"{name}/logits"]
-    got = np.asarray(pooled.apply(params, jnp.asarray(golden[f"{name}/tokens"]))[0][0])[golden["positions"]]
+    got = np.asarray(model.apply(params, jnp.asarray(golden[f"{name}/tokens"]))[0][0])[golden["positions"]]
     assert np.abs(got - want).max() < 1e-4 * want.std()
 
 
-@pytest.mark.parametrize("family", CONFIGS)
-@pytest.mark.parametrize("stack", ["", "gqa(1)", "gqa(1) | cache_kv() | paged(4)", "quantize(bits=8) | dequantize()"])
-def test_an_exported_model_loads_again_bit_for_bit(family: str, stack: str, tmp_path: Path) -> None:
-    base, params = base_of(family)
-    model = ip.parse_stack(stack)(base)
-    params = model.convert(params)
-    ip.export(tmp_path / "out", model, params)
-    loaded = ip.load(tmp_path / "out")
-    assert loaded[0].spec == model.spec.replace(cache=False, page=None)
-    assert same_weights(loaded, (model, params))
-    assert (
-        json.loads((tmp_path / "out" / "config.json").read_text())["num_key_value_heads"] == model.spec.config.kv_heads
-    )
-
-
-@pytest.mark.parametrize("source", ["llama", "llama_tied", "gemma3"])
+@pytest.mark.parametrize("source", CHECKPOINTS)
 def test_a_published_checkpoint_goes_through_unchanged(source: str, tmp_path: Path) -> None:
     model, params = ip.load(FIXTURES / source)
     ip.export(tmp_path / "out", model, params)
     loaded = ip.load(tmp_path / "out")
     assert loaded[0] == model
     assert same_weights(loaded, (model, params))
+    assert tensors(tmp_path / "out") == tensors(FIXTURES / source)
+
+
+@pytest.mark.parametrize("family", PUBLISHED)
+@pytest.mark.parametrize("stack", ["", "gqa(1) | cache_kv() | paged(4)", "quantize(bits=8) | dequantize()"])
+def test_an_exported_model_loads_again_bit_for_bit(family: str, stack: str, tmp_path: Path) -> None:
+    base, params = small(family)
+    model = ip.parse_stack(stack)(base)
+    params = model.convert(params)
+    if family == "gpt2" and "gqa" in stack:
+        with pytest.raises(CheckpointError, match=r"(?s)gpt2 with kv_heads=1 cannot be .* it would be read as 4"):
+            ip.export(tmp_path / "out", model, params)
+        return
+    ip.export(tmp_path / "out", model, params)
+    loaded = ip.load(tmp_path / "out")
+    assert loaded[0].spec == model.spec.replace(cache=False, page=None)
+    assert same_weights(loaded, (model, params))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config.get("num_key_value_heads", 4) == model.spec.config.kv_heads
+
+
+@pytest.mark.parametrize("family", PUBLISHED)
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_is_written_where_there_is_one(family: str, tied: bool, tmp_path: Path) -> None:
+    base = small(family)[0].spec
+    model = ip.Model.of(DEFINED[family], dataclasses.replace(base.config, tied=tied))
+    params = model.init(jax.random.key(1))
+    ip.export(tmp_path / "out", model, params)
+    assert ("lm_head.weight" in tensors(tmp_path / "out")) == (not tied)
+    loaded = ip.load(tmp_path / "out")
+    assert loaded[0].spec == model.spec
+    assert same_weights(loaded, (model, params))
+
+
+WINDOWED = [
+    ("mistral", "sliding_window(5)", 5), ("mixtral", "sliding_window(5)", 5), ("qwen3_moe", "sliding_window(5)", 5),
+    ("phi3", "sliding_window(5)", 5), ("qwen2", "sliding_window(5)", 5), ("gemma2", "sliding_window(5)", 5),
+    ("qwen2", "sliding_window(5, layers=[1, 2])", 5), ("qwen3", "sliding_window(5, layers=[0])", 5),
+    ("gemma3", "sliding_window(5, layers=[0, 2, 4])", 5), ("gemma2", "sliding_window(5, layers=[0, 2])", 5),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "stack", "size"), WINDOWED)
+def test_windows_that_a_family_can_have_become_its_own(family: str, stack: str, size: int, tmp_path: Path) -> None:
+    base, params = small(family)
+    model = ip.parse_stack(stack)(base)
+    params = model.convert(params)
+    ip.export(tmp_path / "out", model, params)
+    loaded, again = ip.load(tmp_path / "out")
+    assert loaded.spec.window == loaded.spec.config.windows() == model.spec.window
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["sliding_window"] == size
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, base.spec.config.vocab, (1, 20)))
+    np.testing.assert_array_equal(loaded.apply(again, tokens)[0], model.apply(params, tokens)[0])
+
+
+@pytest.mark.parametrize(
+    ("family", "stack", "why"),
+    [
+        ("llama", "sliding_window(6)", "of llama cannot say windows"),
+        ("smollm3", "sliding_window(6)", "of smollm3 cannot say windows"),
+        ("gpt2", "sliding_window(6)", "of gpt2 cannot say windows"),
+        ("mistral", "sliding_window(6, sinks=2)", "cannot say sinks"),
+        ("mistral", "sliding_window(6, layers=[1])", "one size for all windows, and these are 6, 9 positions"),
+        ("mixtral", "sliding_window(6, layers=[1])", "of mixtral cannot say which layers"),
+        ("gemma3", "sliding_window(6)", "of gemma3 cannot say which layers"),
+        ("gemma2", "sliding_window(9)", "these are 7, 9 positions"),
+    ],
+)
+def test_windows_that_a_family_cannot_have_are_refused(family: str, stack: str, why: str, tmp_path: Path) -> None:
+    base, params = small(family)
+    with pytest.raises(CheckpointError) as refused:
+        ip.export(tmp_path / "out", ip.parse_stack(stack)(base), params)
+    assert why in refused.value.why
+    assert "before sliding_window" in refused.value.fix
+    assert list(tmp_path.iterdir()) == []
+
+
+ROPES = {
+    "linear": LinearRope(factor=2.5),
+    "llama3": Llama3Rope(factor=4.0, low_freq_factor=1.0, high_freq_factor=3.0, original_context=16),
+    "yarn": YarnRope(factor=3.0, original_context=16, beta_fast=4.0, attention_factor=1.25, truncate=False),
+    "table": TableRope(divisors=(1.0, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0), attention_factor=1.1),
+}
+
+
+@pytest.mark.parametrize("kind", ROPES)
+@pytest.mark.parametrize("family", [name for name in PUBLISHED if name not in ("gpt2", "phi3")])
+def test_stretched_positions_are_said(family: str, kind: str, tmp_path: Path) -> None:
+    base = base_of(family)[0].spec
+    model = ip.Model.of(DEFINED[family], dataclasses.replace(base.config, rope_scaling=ROPES[kind]))
+    ip.export(tmp_path / "out", model, model.init(jax.random.key(0)))
+    assert ip.load(tmp_path / "out")[0] == model
+
+
+@pytest.mark.parametrize("context", [16, 40])
+def test_a_stretch_that_the_context_settled_is_written_as_settled(context: int, tmp_path: Path) -> None:
+    ropes = tmp_path / "ropes"
+    ropes.mkdir()
+    shutil.copy(FIXTURES / "ropes" / "config_dynamic.json", ropes / "config.json")
+    shutil.copy(FIXTURES / "ropes" / "model.safetensors", ropes)
+    for source in (ropes, FIXTURES / "phi3"):
+        model, params = ip.load(source, context=context)
+        ip.export(tmp_path / source.name / "out" if source == ropes else tmp_path / "out", model, params)
+        assert ip.load(ropes / "out" if source == ropes else tmp_path / "out")[0] == model
+
+
+@pytest.mark.parametrize("head_dim", [8, 10, 16, 24, 96, 98, 126, 128])
+def test_heads_turned_in_part_are_said_to_the_last_value(head_dim: int) -> None:
+    row = PUBLISHED["phi3"]
+    for rotated in range(2, head_dim, 2):
+        config = ip.models.phi3(head_dim=head_dim, rotated=rotated).spec.config
+        assert int(head_dim * row.write(config)["partial_rotary_factor"]) == rotated
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "what"),
+    [
+        ("phi3", {"rope_scaling": ROPES["yarn"]}, "stretched by 'yarn'"),
+        ("phi3", {"rope_scaling": TableRope(divisors=(1.0,) * 4), "head_dim": 8}, "head_dim other than dim / heads"),
+        ("gemma2", {"query_scale": 6.5}, "query_scale=6.5"),
+        ("llama", {"dim": 30, "head_dim": 8}, "dim=30 and heads=4"),
+        ("gpt2", {"head_dim": 8}, "gpt2 with head_dim=8"),
+    ],
+)
+def test_a_config_that_transformers_would_not_read_is_refused(
+    family: str, options: dict[str, Any], what: str, tmp_path: Path
+) -> None:
+    model = getattr(ip.models, family)(**options)
+    with pytest.raises(CheckpointError) as refused:
+        ip.export(tmp_path / "out", model, model.init(jax.random.key(0)))
+    assert what in refused.value.what
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_share_a_tensor_and_differ_in_type_are_widened(tmp_path: Path) -> None:
+    model, params = base_of("phi3")
+    (blocks,) = params["segments"]
+    stacks = blocks[0] | {"attn.k": blocks[0]["attn.k"].astype("bfloat16")}
+    ip.export(tmp_path / "out", model, params | {"segments": [[stacks, *blocks[1:]]]})
+    assert {dtype for dtype, _, _ in tensors(tmp_path / "out").values()} == {"F32"}
+    again = Weights.of(model.spec, ip.load(tmp_path / "out")[1])
+    np.testing.assert_array_equal(again["layers.1.attn.k"], np.asarray(stacks["attn.k"][1], np.float32))
 
 
 def test_a_pattern_that_the_older_key_cannot_say_is_said_by_layer(tmp_path: Path) -> None:
@@ -131,7 +286,6 @@ def test_the_tokenizer_goes_along(ends: tuple[int, ...], said: Any, tmp_path: Pa
     [
         ("quantize(bits=4, group=16)", "packed as int4", "ip.dequantize()"),
         ("cache_kv() | speculative(self_draft(), k=2)", "speculative stack", "params['target']"),
-        ("sliding_window(6)", "windows", "before sliding_window"),
         ("cache_kv(bits=8)", "rounded keys and values", "cache_kv(bits=...)"),
     ],
 )

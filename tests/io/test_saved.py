@@ -12,6 +12,7 @@ import random
 import shutil
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -418,6 +419,7 @@ def test_a_save_that_ends_anywhere_leaves_the_old_stack_or_the_new_one(how: str,
     for i, name in enumerate(("old", "new")):
         ip.save(tmp_path / name, model, model.init(jax.random.key(i)))
     digests = {name: params_digest(ip.load(tmp_path / name)[1]) for name in ("old", "new")}
+    params = model.init(jax.random.key(2))
     (tmp_path / "runs").mkdir()
     old = tmp_path / "old" if there == "a stack" else "none"
     command = [sys.executable, "-c", HINDERED, str(tmp_path / "runs"), how, str(old), str(tmp_path / "new")]
@@ -438,8 +440,11 @@ def test_a_save_that_ends_anywhere_leaves_the_old_stack_or_the_new_one(how: str,
         if code == 3:
             assert left == [], "an error leaves nothing beside"
         assert all(p.startswith(".stack.saving-") for p in left)
+        ip.save(place / "stack", model, params)  # and the next save is not hindered
+        assert [p.name for p in place.iterdir()] == ["stack"], "it removes what was left"
+        (data,) = place.glob("stack/data-*")
+        assert data.name == json.loads((place / "stack" / "stack.json").read_text())["data"]
     assert found == ({"old", "new"} if there == "a stack" else {"nothing", "new"})
-    ip.save(place / "stack", model, model.init(jax.random.key(2)))  # and the next save is not hindered
 
 
 def test_a_disk_that_refuses_bytes_is_told_and_the_old_stack_stays(tmp_path: Path) -> None:
@@ -541,6 +546,12 @@ DAMAGES: dict[str, tuple[Callable[[Path, Path], object], str]] = {
         spec(lambda x: x["program"]["draft"].update(program=copy.deepcopy(x["program"]))),
         "speculative itself",
     ),
+    "checksums by number": (header(set_(checksums=7)), "a value is of another kind"),
+    "a checksum untold": (header(lambda x: x["checksums"].pop("embed")), "embed holds other values than were saved"),
+    "another checksum": (
+        header(lambda x: x["checksums"].update(embed="0")),
+        "embed holds other values than were saved",
+    ),
     "no tokenizer": (lambda f, d: (d / "tokenizer.json").unlink(), "tokenizer.json: No such file"),
     "damaged tokenizer": (lambda f, d: (d / "tokenizer.json").write_text("{}"), "not a tokenizer"),
     "another tokenizer": (
@@ -594,6 +605,38 @@ def test_a_damaged_or_hostile_folder_is_refused_with_its_reason(damage: str, dam
         ip.load(folder)
     assert reason in refused.value.one_line
     assert refused.value.fix
+
+
+def test_one_bit_of_any_array_that_flips_is_an_error(damaged: Callable[..., Path]) -> None:
+    folder = damaged(lambda f, d: None)
+    rng = random.Random(1)
+    files = sorted(folder.glob("data-*/arrays/*/[0-9]*"))
+    assert {f.parent.name for f in files} >= {"embed", "layers.0.attn.q.codes", "draft.layers.0.mlp.up.scale"}
+    for path in files:
+        before = path.read_bytes()
+        after = bytearray(before)
+        after[rng.randrange(len(after))] ^= 1 << rng.randrange(8)
+        path.write_bytes(after)
+        with pytest.raises(CheckpointError) as refused:
+            ip.load(folder)
+        assert f"{path.parent.name} holds other values than were saved" in refused.value.why
+        path.write_bytes(before)
+    ip.load(folder)
+
+
+def test_a_checksum_is_that_of_the_arrays_file(stack: tuple[Path, ip.Model, Any]) -> None:
+    folder, _, _ = stack
+    sums = json.loads((folder / "stack.json").read_text())["checksums"]
+    files = {path.parent.name: path for path in folder.glob("data-*/arrays/*/[0-9]*")}
+    assert sums == {name: f"{zlib.crc32(path.read_bytes()):08x}" for name, path in files.items()}
+
+
+def test_a_stack_without_checksums_is_read_unverified(damaged: Callable[..., Path]) -> None:
+    assert "checksums" not in json.loads((FIXTURE / "stack" / "stack.json").read_text())
+    folder = damaged(header(lambda x: x.pop("checksums")))
+    chunk = next(folder.glob("data-*/arrays/embed/0.0"))
+    chunk.write_bytes(bytes(352))
+    assert not np.any(ip.load(folder)[1]["target"]["embed"])
 
 
 def test_the_undamaged_copy_loads(damaged: Callable[..., Path], stack: tuple[Path, ip.Model, Any]) -> None:
