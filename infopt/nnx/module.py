@@ -245,7 +245,7 @@ class Opened:
                         setattr(m, flag, value)
         self.graphdef, state = nnx.split(module)
         self._attributes = [
-            (path, type(m).__qualname__, {k: v for k, v in vars(m).items() if isinstance(v, bool | int | float | str)})
+            (path, type(m).__qualname__, {k: text for k, v in vars(m).items() if (text := _plain(v))})
             for path, m in nnx.iter_graph(module)
             if isinstance(m, nnx.Module)
         ]
@@ -326,7 +326,14 @@ class Opened:
 
     def digest_text(self) -> str:
         """What tells two structures apart, the same in every process."""
-        return f"{self._attributes} {[(v.path, v.shape, str(v.dtype)) for v in self.variables]}"
+        return f"{self._attributes} {[(v.path, v.kind, v.shape, str(v.dtype)) for v in self.variables]} {self.names}"
+
+
+def _plain(x: Any) -> str:
+    """An attribute that is a number, a text or a function, as text; "" for others."""
+    if callable(x) and hasattr(x, "__qualname__"):
+        return f"{x.__module__}.{x.__qualname__}"
+    return repr(x) if isinstance(x, bool | int | float | str) else ""
 
 
 @contextlib.contextmanager

@@ -216,6 +216,7 @@ def test_a_layer_with_arithmetic_of_its_own_keeps_it() -> None:
     module = GPT(nnx.Rngs(0))
     module.blocks[0].up = nnx.Linear(32, 48, dot_general=doubled, rngs=nnx.Rngs(5))
     model, params = ip.from_nnx(module)
+    assert model.spec.family != made("gpt")[1].spec.family
     module.eval()
     assert off(jax.jit(model.apply)(params, jnp.asarray([text()]))[0][0], own_logits(module, text())) < 1e-4
 
