@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from infopt.io.export import export
     from infopt.io.saved import save
     from infopt.model import Emitted, Model, define, trainable
+    from infopt.nnx import from_nnx, to_nnx
     from infopt.planner import Plan, plan
     from infopt.qtensor import Format, QTensor
     from infopt.sampling import Sampling
@@ -49,6 +50,7 @@ _NAMES = {
     "io.export": ("export",),
     "io.saved": ("save",),
     "model": ("Emitted", "Model", "define", "trainable"),
+    "nnx": ("from_nnx", "to_nnx"),
     "planner": ("Plan", "plan"),
     "qtensor": ("Format", "QTensor"),
     "sampling": ("Sampling",),

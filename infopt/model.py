@@ -48,15 +48,16 @@ class Attend(Protocol):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Family:
-    """A model definition: four pure functions over a config. Made by `define`."""
+    """A model definition: pure functions over a config. Made by `define` and `define_whole`."""
 
     name: str
     config: type[Config]
     init: Callable[[Any, Array], dict[str, Array]]
-    embed: Callable[[Any, Params, Array, Array], Array]
-    block: Callable[..., tuple[Array, Any]]
-    final: Callable[[Any, Params, Array], Array]
+    embed: Callable[[Any, Params, Array, Array], Array] | None = None
+    block: Callable[..., tuple[Array, Any]] | None = None
+    final: Callable[[Any, Params, Array], Array] | None = None
     logits: Callable[[Any, Array], Array] | None = None
+    whole: Callable[..., Array] | None = None
 
 
 FAMILIES: dict[str, Family] = {}
@@ -95,8 +96,27 @@ def define(
             why="the name goes into saved Specs and error messages.",
             fix="a name like a Python identifier",
         )
-    family = Family(name, config, init, embed, block, final, logits)
-    FAMILIES[name] = family
+    return _join(Family(name, config, init, embed, block, final, logits))
+
+
+def define_whole(
+    name: str, config: type[Config], *, init: Callable[..., dict[str, Array]], whole: Callable[..., Array]
+) -> Family:
+    """Join a family whose forward pass is one function, which nothing can scan: a Flax module, say.
+
+    Its `hidden` is its logits, and `head` passes them on.
+
+    Args:
+      name, config, init: as for `define`; the config's `period` should be all its layers, so that none is sliced.
+      whole: `(config, weights, tokens[B, T], positions[B, T], attend) -> logits[B, T, V]`. `weights` maps logical names
+        to arrays and QTensors; `attend(layer, q, k, v, rope=..., scale=...) -> out[B, T, H, D]` is to be called once
+        for each layer, in order, outside any transformation.
+    """
+    return _join(Family(name, config, init, whole=whole))
+
+
+def _join(family: Family) -> Family:
+    FAMILIES[family.name] = family
     build.cache_clear()
     _abstract.cache_clear()
     segments.cache_clear()
@@ -209,6 +229,11 @@ class Weights(Mapping[str, Any]):
                             lambda stack=stack, r=r: jax.tree.map(lambda leaf: leaf[r], stack), stack, r
                         )
         return Weights(entries)
+
+    @staticmethod
+    def lazy(readers: Mapping[str, Callable[[], Any]]) -> Weights:
+        """Weights that are read when they are asked for."""
+        return Weights({name: _Entry(read) for name, read in readers.items()})
 
     def __getitem__(self, name: str) -> Any:
         return self._entries[name].get()
@@ -547,26 +572,47 @@ def _build_plain(spec: Spec) -> Functions:
             layouts,
         )
 
+    def attend_of(window: Window | None, context: ops.Context, state: State | None) -> Attend:
+        bound = dataclasses.replace(context, window=window)
+        if state is not None:
+            g = groups.index(window)
+            bound = dataclasses.replace(bound, layout=state.layouts[g], table=state.tables[g] if state.tables else None)
+        return functools.partial(ops.attend, context=bound)
+
+    def run_whole(params: Params, tokens: Array, context: ops.Context, state: State | None) -> tuple[Array, Any]:
+        assert family.whole is not None
+        caches = None if state is None else [list(blocks) for blocks in state.kv]
+        places = [
+            (n, phase, r)
+            for n, seg in enumerate(segments(spec))
+            for r in range(seg.repeats)
+            for phase in range(seg.period)
+        ]
+
+        def attend(layer: int, q: Array, k: Array, v: Array, **how: Any) -> Array:
+            n, phase, r = places[layer]
+            old = None if caches is None else caches[n][phase]
+            out, new = attend_of(spec.window[layer], context, state)(q, k, v, old, r, **how)
+            if caches is not None:
+                caches[n][phase] = new
+            return out
+
+        logits = family.whole(config, Weights.of(spec, params), tokens, context.positions, attend)
+        return logits, () if caches is None else tuple(map(tuple, caches))
+
     def run(params: Params, tokens: Array, context: ops.Context, state: State | None) -> tuple[Array, Any]:
-        x = family.embed(config, params, tokens, context.positions)
+        if family.whole is not None:
+            return run_whole(params, tokens, context, state)
+        assert family.embed is not None and family.block is not None and family.final is not None
+        x, block = family.embed(config, params, tokens, context.positions), family.block
         caches: list[Any] = []
         for n, (seg, stacks) in enumerate(zip(segments(spec), params["segments"], strict=True)):
-            attends: list[Attend] = []
-            for window in seg.windows:
-                bound = dataclasses.replace(context, window=window)
-                if state is not None:
-                    g = groups.index(window)
-                    bound = dataclasses.replace(
-                        bound, layout=state.layouts[g], table=state.tables[g] if state.tables else None
-                    )
-                attends.append(functools.partial(ops.attend, context=bound))
+            attends = [attend_of(window, context, state) for window in seg.windows]
 
             def layers(x: Array, p: Any, layer: Any, cache: Any, attends: Any = attends) -> tuple[Array, Any]:
                 new = []
                 for phase, attend in enumerate(attends):
-                    x, c = family.block(
-                        config, phase, p[phase], x, layer, attend, None if cache is None else cache[phase]
-                    )
+                    x, c = block(config, phase, p[phase], x, layer, attend, None if cache is None else cache[phase])
                     new.append(c)
                 return x, tuple(new)
 
@@ -615,6 +661,8 @@ def _build_plain(spec: Spec) -> Functions:
 
     def head(params: Params, hidden: Array) -> Array:
         """`[..., D] -> [..., V]`, float32."""
+        if family.whole is not None:
+            return hidden.astype(jnp.float32)
         table = params["head"] if "head" in params else params["embed"]
         logits = ops.linear(hidden, table).astype(jnp.float32)
         return logits if family.logits is None else family.logits(config, logits)

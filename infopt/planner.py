@@ -154,7 +154,8 @@ def _layers(
     beginning.
     """
     c, formats = spec.config, dict(spec.weights)
-    own = 4 if is_qtensor(params["embed"]) else params["embed"].dtype.itemsize  # bytes of an activation
+    table = params.get("embed", _largest_table(params))
+    own = 4 if is_qtensor(table) else table.dtype.itemsize  # bytes of an activation
     rows = batch * (tokens if spec.cache else context)  # without a cache all is computed again
     in_place = cpu and ops.LOOPS_IN_PLACE and rows == 1
 
@@ -182,9 +183,16 @@ def _layers(
     return most + int(always * early)
 
 
+def _largest_table(params: Params) -> Any:
+    """What the head multiplies by; of a family that names its weights otherwise, its largest matrix outside layers."""
+    if "head" in params or "embed" in params:
+        return params.get("head", params.get("embed"))
+    return max((x for name, x in params.items() if name != "segments"), key=nbytes)
+
+
 def _head(spec: Spec, params: Params, rows: int, cpu: bool) -> int:
     """Bytes of the logits, twice, and of the table where it must be unpacked or widened."""
-    c, table = spec.config, params.get("head", params["embed"])
+    c, table = spec.config, _largest_table(params)
     unpacked = is_qtensor(table) or (cpu and table.dtype.itemsize < 4)
     return (2 * rows + unpacked * c.dim) * c.vocab * 4
 
@@ -291,7 +299,7 @@ def _call(spec: Spec, params: Params, cache: int, batch: int, first: int, last: 
     matrices = sum(math.prod(s) for name, s in shapes(spec).items() if name.startswith("layers.") and len(s) > 1)
     flops = 2 * matrices * (last - first) + 2 * c.vocab * c.dim * heads  # 2 a weight a token
     flops += 4 * c.heads * c.head_dim * _pairs(spec, first, last)  # scores, and values
-    table = params.get("head", params["embed"])
+    table = _largest_table(params)
     return Work(batch * flops, nbytes(params["segments"]) + cache + (nbytes(table) if heads else 0))
 
 

@@ -140,6 +140,11 @@ class Config:
         """Whether positions are rows of a table, so that there are none beyond the context."""
         return False
 
+    @property
+    def rotated_queries(self) -> bool:
+        """Whether queries and keys reach attention rotated already, so that a sink's distance cannot be held."""
+        return False
+
 
 @dataclasses.dataclass(frozen=True)
 class Speculation:

@@ -28,11 +28,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from infopt import models
 from infopt.cache import rollback
 from infopt.errors import InfoptError, nearest
 from infopt.model import Model, Weights, build
+from infopt.nnx import from_nnx
+from infopt.nnx.example import Transformer
 from infopt.reference import REFERENCES, reference
 from infopt.sampling import Sampling, noise
 from infopt.spec import Spec, YarnRope, oracle
@@ -67,6 +70,12 @@ EXAMPLES: tuple[Transform, ...] = (
 _SIZES = dict(layers=3, dim=32, heads=4, kv_heads=2, head_dim=16, mlp=48, vocab=61, context=64, tied=False)
 _YARN = YarnRope(factor=4.0, original_context=16, beta_fast=2.0, attention_factor=1.1)
 
+
+def _flax() -> Model:
+    sizes = {name: n for name, n in _SIZES.items() if name not in ("context", "tied")}
+    return from_nnx(Transformer(**sizes, rngs=nnx.Rngs(0)), context=64, name="nnx")[0]
+
+
 FAMILIES: dict[str, Callable[[], Model]] = {
     "llama": lambda: models.llama(**_SIZES),
     "gemma3": lambda: models.gemma3(**_SIZES | dict(layers=5, pattern=(True, False), window=7)),
@@ -79,6 +88,7 @@ FAMILIES: dict[str, Callable[[], Model]] = {
     "gpt2": lambda: models.gpt2(**_SIZES | dict(kv_heads=4)),
     "mixtral": lambda: models.mixtral(**_SIZES, experts=4),
     "qwen3_moe": lambda: models.qwen3_moe(**_SIZES, experts=4, experts_used=3),
+    "nnx": _flax,
 }
 """Small models that the contract stacks them on. A family joins by one line."""
 

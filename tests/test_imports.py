@@ -22,7 +22,7 @@ ROOMS: list[tuple[str, ...]] = [
     ("sampling",),
     ("ops",),
     ("model",),
-    ("models",),
+    ("models", "nnx"),
     ("transforms",),
     ("reference",),
     ("io",),

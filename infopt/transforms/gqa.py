@@ -41,6 +41,13 @@ class GQA(Transform):
                 why="pooling heads averages their rows of those weights.",
                 fix="name them layers.<i>.attn.k and layers.<i>.attn.v",
             )
+        after = shapes(self.edit(spec))
+        if any(after[n][0] != self.kv_heads * spec.config.head_dim for n in names):
+            raise InfoptError(
+                f"{self!r}: the number of heads of {spec.family} stands in its own code.",
+                why="fewer key/value heads would not fit the arrays that it makes.",
+                fix="make the model with fewer heads, or use a family whose config says how many",
+            )
         need_dense(self, spec, names, "pooling rounded heads differs from rounding pooled heads.")
 
     def edit(self, spec: Spec) -> Spec:

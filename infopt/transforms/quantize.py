@@ -37,7 +37,13 @@ class Quantize(Transform):
 
     def names(self, spec: Spec) -> list[str]:
         if self.where is None:
-            return layer_matrices(spec)
+            if not (found := layer_matrices(spec)):
+                raise InfoptError(
+                    f"{self!r}: {spec.family} has no matrix that belongs to a layer.",
+                    why="by default the layers' own matrices are packed.",
+                    fix=f"where=..., a pattern over {', '.join(list(shapes(spec))[:4])}, ...",
+                )
+            return found
         matrices = [n for n, shape in shapes(spec).items() if len(shape) > 1]
         found = [n for n in matrices if fnmatch.fnmatchcase(n, self.where)]
         if not found:

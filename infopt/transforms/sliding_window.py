@@ -41,6 +41,12 @@ class SlidingWindow(Transform):
                 why="a rule that touches no layer is a mistake in it.",
                 fix=f"layers from 0 to {spec.config.layers - 1}",
             )
+        if self.sinks and spec.config.rotated_queries:
+            raise InfoptError(
+                f"{self!r}: {spec.family} cannot keep sinks.",
+                why="a sink is seen from no further than the window is long, and these queries come rotated already.",
+                fix=f"sliding_window({self.size})",
+            )
         for i in chosen:
             w = self.narrowed(spec.window[i])
             if w.size < w.sinks:
