@@ -164,7 +164,6 @@ def bound_layers(where: str, layers: int) -> None:
 
 def check_layers(where: str, layers: int, tensors: int, experts: int = 0) -> None:
     """Raise where there are fewer tensors than layers, or than experts, where each of them has tensors of its own."""
-    bound_layers(where, layers)
     if layers * max(1, experts) > tensors:
         raise CheckpointError(
             f"{where} has {tensors} tensors, too few for {layers} layers"
@@ -173,6 +172,7 @@ def check_layers(where: str, layers: int, tensors: int, experts: int = 0) -> Non
             why="its config asks for them.",
             fix="fetch or convert the model again",
         )
+    bound_layers(where, layers)
 
 
 def check_tensors(where: str, wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
