@@ -1,5 +1,8 @@
 """Every error that infopt raises on purpose: what happened, why, and what to write instead."""
 
+MOST = 1000
+"""Characters of each part of a message."""
+
 
 class InfoptError(ValueError):
     """The caller, a file or the environment is wrong, and this says how to go on.
@@ -11,14 +14,20 @@ class InfoptError(ValueError):
     """
 
     def __init__(self, what: str, *, why: str, fix: str) -> None:
-        self.what, self.why, self.fix = what, why, fix
-        super().__init__(f"{what}\n  why: {why}\n  fix: {fix}")
+        self.what, self.why, self.fix = _harmless(what), _harmless(why), _harmless(fix)
+        super().__init__(f"{self.what}\n  why: {self.why}\n  fix: {self.fix}")
 
     @property
     def one_line(self) -> str:
         """The same on one line, for a terminal."""
         parts = (self.what, f"why: {self.why}", f"fix: {self.fix}")
         return "; ".join(" ".join(part.split()).rstrip(".") for part in parts)
+
+
+def _harmless(text: str) -> str:
+    """What a file is quoted with may be long, and hold what a terminal would obey."""
+    text = text if len(text) <= MOST else text[: MOST - 3] + "..."
+    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
 
 
 class TransformOrderError(InfoptError):

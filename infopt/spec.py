@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import numbers
 from typing import Any, ClassVar
 
@@ -123,7 +124,7 @@ class Config:
             raise InfoptError(
                 f"{type(self).__name__}: kv_heads={self.kv_heads} does not divide heads={self.heads}.",
                 why="each key/value head serves an equal share of the query heads.",
-                fix=f"kv_heads in {[n for n in range(1, self.heads + 1) if self.heads % n == 0]}",
+                fix=f"kv_heads={math.gcd(self.heads, self.kv_heads)}, say",
             )
 
     @property

@@ -422,7 +422,7 @@ def read_template(value: Any, special: Mapping[str, str], where: str) -> ChatTem
     if value is None:
         return None
     if isinstance(value, list) and all(isinstance(v, dict) for v in value):
-        value = {v.get("name"): v.get("template") for v in value}
+        value = {str(v.get("name")): v.get("template") for v in value}
     if isinstance(value, str):
         value = {"default": value}
     if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()) or "default" not in value:

@@ -28,10 +28,13 @@ from infopt.io.checkpoint import (
     LazyWeights,
     Source,
     check_layers,
+    check_rotation,
     check_tensors,
+    converting,
     file_shapes,
     make_config,
     row_chunks,
+    shown,
 )
 from infopt.io.tokenizer import SPLITTINGS, Tokenizer
 from infopt.model import FAMILIES, Model, aligned_empty, shapes
@@ -82,6 +85,10 @@ SCALARS = {
 }  # fmt: skip
 
 
+MOST_HEADER = 32 << 20
+"""Bytes that metadata may take as Python's values, beside as many as the file has."""
+
+
 # ------------------------------------------------------------------------------------------------------- the container
 
 
@@ -112,7 +119,7 @@ class File:
         """The metadata at `key`; a key that is absent and has no default, or a value of another kind, is an error."""
         value = self.fields.get(key, default)
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
-            state = "is missing" if value is None else f"is {value!r:.40}"
+            state = "is missing" if value is None else f"is {shown(value)}"
             raise CheckpointError(
                 f"{self.name}: its metadata {key!r} {state}.",
                 why="without it the model cannot be told.",
@@ -120,12 +127,30 @@ class File:
             )
         return value
 
+    def list_of(self, key: str, kind: type, default: Any = None) -> list[Any]:
+        """The metadata at `key`, a list of values of one kind."""
+        values = self.get(key, list, default)
+        if bad := [x for x in values if type(x) is not kind]:
+            raise CheckpointError(
+                f"{self.name}: its metadata {key!r} holds {shown(bad[0])}.",
+                why=f"it must be a list of {kind.__name__} values.",
+                fix="fetch or convert the model again",
+            )
+        return values
+
 
 class _Cursor:
     """Reads little-endian values one after another out of a map, and never past its end."""
 
     def __init__(self, data: mmap.mmap) -> None:
         self.data, self.at = data, 0
+        self.left = MOST_HEADER + len(data)
+
+    def charge(self, count: int, each: int) -> None:
+        """Pay for values that are to be made, at about so many bytes each, before they are."""
+        self.left -= count * each
+        if self.left < 0:
+            raise ValueError("it holds more values than a model has use for")
 
     def read(self, code: str) -> Any:
         (value,) = struct.unpack_from("<" + code, self.data, self.at)
@@ -138,6 +163,7 @@ class _Cursor:
         if size > len(self.data) - self.at:
             raise EOFError
         self.at += size
+        self.charge(1, 60 + 2 * size)
         return self.data[self.at - size : self.at].decode()
 
     def value(self, kind: GGUFValueType, nested: bool = False) -> Any:
@@ -152,6 +178,7 @@ class _Cursor:
             item = np.dtype("<" + SCALARS[kind])
             if count * item.itemsize > len(self.data) - self.at:
                 raise EOFError
+            self.charge(count, 8 if item.itemsize == 1 else 40)
             start, self.at = self.at, self.at + count * item.itemsize
             return np.frombuffer(self.data[start : self.at], item).tolist()
         if count * 8 > len(self.data) - self.at:  # a string takes eight bytes at least
@@ -236,20 +263,34 @@ def _parse(name: str, data: mmap.mmap) -> File:
     fields: dict[str, Any] = {}
     for _ in range(field_count):
         key = cursor.text()
+        cursor.charge(1, 150)
+        if key in fields:
+            raise ValueError(f"its metadata {key!r:.60} comes twice")
         fields[key] = cursor.value(GGUFValueType(cursor.read("I")))
     infos: dict[str, tuple[tuple[int, ...], GGMLQuantizationType, int]] = {}
     for _ in range(tensor_count):
         key = cursor.text()
         axes = cursor.read("I")
+        cursor.charge(1, 1000)
         if axes > 4 or key in infos:
-            raise ValueError(f"tensor {key!r} " + ("comes twice" if key in infos else f"has {axes} axes"))
+            raise ValueError(f"tensor {key!r:.60} " + ("comes twice" if key in infos else f"has {axes} axes"))
         shape = tuple(cursor.read("Q") for _ in range(axes))[::-1]  # the file lists the fastest axis first
         infos[key] = shape, GGMLQuantizationType(cursor.read("I")), cursor.read("Q")
     alignment = fields.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 1:
         raise ValueError(f"general.alignment is {alignment!r}")
     start = -(-cursor.at // alignment) * alignment
-    return File(name, fields, {key: _tensor(name, data, start, key, *info) for key, info in infos.items()})
+    tensors = {key: _tensor(name, data, start, key, *info) for key, info in infos.items()}
+    # Bytes that are read several times would be more memory than the file has.
+    end, before = 0, ""
+    for key, (_, _, offset) in sorted(infos.items(), key=lambda item: item[1][2]):
+        if offset < end or offset % alignment:
+            raise ValueError(
+                f"tensor {key!r:.60} "
+                + (f"overlaps {before!r:.60}" if offset < end else f"is not aligned to {alignment}")
+            )
+        end, before = offset + tensors[key].rows.nbytes, key
+    return File(name, fields, tensors)
 
 
 def _tensor(
@@ -258,7 +299,7 @@ def _tensor(
     block, bytes_per_block = GGML_QUANT_SIZES[kind]
     width = shape[-1] if shape else 1
     if width % block or 0 in shape:
-        raise ValueError(f"tensor {name!r} of {kind.name} has shape {list(shape)}")
+        raise ValueError(f"tensor {name!r:.60} of {kind.name} has shape {list(shape)}")
     row, count = width // block * bytes_per_block, 1
     for axis in shape[:-1]:
         count *= axis
@@ -266,7 +307,7 @@ def _tensor(
     if end > len(data):
         raise CheckpointError(
             f"{file} is truncated.",
-            why=f"its tensor {name!r} ends at byte {end:,}, but the file has {len(data):,}.",
+            why=f"its tensor {name!r:.60} ends at byte {end:,}, but the file has {len(data):,}.",
             fix="fetch the file again",
         )
     return Tensor(kind, shape, np.frombuffer(data, np.uint8, row * count, start + offset).reshape(count, row))
@@ -301,6 +342,8 @@ def _common(f: File, arch: str, eps: str = "layer_norm_rms_epsilon") -> dict[str
             why="the layers' weights are stacked, so their shapes must agree.",
             fix="use a checkpoint whose layers are alike",
         )
+    layers = number("block_count")
+    check_layers(f.name, layers, len(f.tensors))
     head_dim = number("attention.key_length", dim // max(heads, 1))
     for key in ("attention.value_length", *(("rope.dimension_count",) if arch not in ("phi3", "gpt2") else ())):
         if number(key, head_dim) != head_dim:
@@ -309,13 +352,13 @@ def _common(f: File, arch: str, eps: str = "layer_norm_rms_epsilon") -> dict[str
                 why="rotary positions over a part of a head are not computed for this family.",
                 fix="use a checkpoint of the plain architecture",
             )
-    tokens = f.fields.get("tokenizer.ggml.tokens")
+    tokens = f.get("tokenizer.ggml.tokens", list, [])
     embed = f.tensors.get("token_embd.weight")
-    vocab = number("vocab_size", len(tokens) if tokens else embed.shape[0] if embed else None)
+    vocab = number("vocab_size", len(tokens) if tokens else embed.shape[0] if embed and embed.shape else None)
     return dict(
         vocab=vocab,
         dim=dim,
-        layers=number("block_count"),
+        layers=layers,
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
@@ -556,9 +599,10 @@ def half_split_rows(heads: int, head_dim: int) -> np.ndarray:
 def _dense(t: Tensor, dtype: np.dtype[Any], order: np.ndarray | None = None, shift: float = 0.0) -> np.ndarray:
     """A tensor's values in `dtype`, its rows in the given order, `shift` added to each."""
     out = aligned_empty((len(t.rows), t.shape[-1] if t.shape else 1), dtype)
-    for part in row_chunks(out.shape):
-        x = quants.dequantize(t.rows[part] if order is None else t.rows[order[part]], t.type)
-        out[part] = x + np.float32(shift) if shift else x
+    with converting("a tensor of the file", dtype):
+        for part in row_chunks(out.shape):
+            x = quants.dequantize(t.rows[part] if order is None else t.rows[order[part]], t.type)
+            out[part] = x + np.float32(shift) if shift else x
     return out.reshape(t.shape)
 
 
@@ -601,16 +645,17 @@ def open_checkpoint(path: Path, dtype: str, context: int | None = None) -> Check
         )
     family, found = CONFIGS[arch](f, context)
     config: Any = found
-    check_layers(f.name, config, len(f.tensors))
     expected = shapes(Model.of(FAMILIES[family], config).spec)
     sources = {name: source(family, config, name) for name in expected}
     factors = (ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS)
     check_tensors(
         f.name, file_shapes(sources, expected), {name: t.shape for name, t in f.tensors.items() if name not in factors}
     )
+    check_rotation(f.name, config)
     for name, t in f.tensors.items():
         try:
-            quants.dequantize(t.rows[:1], t.type)
+            with np.errstate(all="ignore"):
+                quants.dequantize(t.rows[:1], t.type)
         except (NotImplementedError, ValueError) as error:
             raise CheckpointError(
                 f"{f.name}: {name} is stored as {t.type.name}, which cannot be dequantised.",
@@ -676,17 +721,17 @@ def _tokenizer(f: File) -> Tokenizer | None:
         around["bos"] = f.get("tokenizer.ggml.bos_token_id", int)
     if f.get("tokenizer.ggml.add_eos_token", bool, False):
         around["eos"] = f.get("tokenizer.ggml.eos_token_id", int)
-    ends = [f.fields.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")]
-    around["eos_ids"] = tuple(dict.fromkeys(i for i in ends if i is not None))
+    keys = [f"tokenizer.ggml.{key}_token_id" for key in ("eos", "eot", "eom")]
+    around["eos_ids"] = tuple(dict.fromkeys(f.get(key, int) for key in keys if key in f.fields))
     around["prefix"] = f.get("tokenizer.ggml.add_space_prefix", bool, kind == "llama")
-    words, types = f.get("tokenizer.ggml.tokens", list), f.get("tokenizer.ggml.token_type", list, [])
+    words, types = f.list_of("tokenizer.ggml.tokens", str), f.list_of("tokenizer.ggml.token_type", int, [])
     if kind == "gpt2":
-        merges = f.get("tokenizer.ggml.merges", list)
+        merges = f.list_of("tokenizer.ggml.merges", str)
         tokenizer = Tokenizer.from_tables(words, merges, types, pre, where=f.name, **around)
     else:
         tokenizer = Tokenizer.from_pieces(
             words,
-            f.get("tokenizer.ggml.scores", list),
+            f.list_of("tokenizer.ggml.scores", float),
             types,
             unknown=f.fields.get("tokenizer.ggml.unknown_token_id"),
             strip=f.get("general.architecture", str) == "phi3",

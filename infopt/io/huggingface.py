@@ -6,6 +6,8 @@ import dataclasses
 import functools
 import json
 import math
+import os
+import re
 import typing
 import warnings
 from collections.abc import Callable, Mapping
@@ -22,11 +24,15 @@ from infopt.io.checkpoint import (
     Checkpoint,
     LazyWeights,
     Source,
+    bound_layers,
     check_layers,
+    check_rotation,
     check_tensors,
+    converting,
     file_shapes,
     make_config,
     row_chunks,
+    shown,
 )
 from infopt.io.tokenizer import Tokenizer
 from infopt.model import FAMILIES, Model, aligned_empty, shapes
@@ -47,6 +53,10 @@ from infopt.models.base import DecoderConfig, shortest_period
 from infopt.spec import Config, LinearRope, Llama3Rope, TableRope, YarnRope
 
 DTYPES_READ = ("F64", "F32", "F16", "BF16")
+MOST_JSON = 2 << 20
+"""Bytes of a JSON file that are read: as Python's values they may take thirty times as many."""
+
+SHARD = re.compile(r"[^/\\\x00-\x1f]+\.safetensors")
 
 OTHER_SENSES = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
 
@@ -63,10 +73,11 @@ class _Json:
     def get(self, key: str, kind: type, default: Any = None) -> Any:
         value = self.values.get(key)
         value = default if value is None else value
-        if kind is float and type(value) is int:
+        if kind is float and type(value) is int and abs(value) < 2**63:
             value = float(value)
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
-            state = "is missing" if value is None else f"is {value!r:.40}"
+        right = isinstance(value, kind) and not (isinstance(value, bool) and kind is int)
+        if not right or (kind is int and not 0 <= value < 2**31) or (kind is float and not math.isfinite(value)):
+            state = "is missing" if value is None else f"is {shown(value)}"
             raise CheckpointError(
                 f"{self.where}: {key!r} {state}.",
                 why="without it the model cannot be told.",
@@ -86,18 +97,22 @@ class _Json:
         for key, known in plain.items():
             if (value := self.values.get(key)) is not None and value != known:
                 raise CheckpointError(
-                    f"{self.where}: {key}={value!r:.60} is not computed here.",
+                    f"{self.where}: {key}={shown(value)} is not computed here.",
                     why=f"only {key}={known!r} is.",
                     fix="use a checkpoint of the plain architecture",
                 )
 
 
-def _read_json(path: Path) -> _Json:
+def _read_json(path: Path, most: int = MOST_JSON) -> _Json:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > most:
+                raise ValueError(f"it has {size:,} bytes, more than {most:,}")
+            values = json.loads(file.read(size).decode("utf-8"))
         if not isinstance(values, dict):
             raise ValueError("it is not a JSON object")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read.", why=str(error), fix="fetch the model again") from error
     return _Json(str(path), values)
 
@@ -114,7 +129,19 @@ def _rope_part(c: _Json, kind: str = "") -> _Json:
 def _rope(
     c: _Json, common: dict[str, Any], context: int | None, theta: float = 10_000.0, kind: str = ""
 ) -> dict[str, Any]:
-    """The fields `rope_theta`, `rope_scaling` and `context` of a config.
+    """The fields `rope_theta`, `rope_scaling` and `context` of a config."""
+    try:
+        return _stretched(c, common, context, theta, kind)
+    except ArithmeticError as error:
+        raise CheckpointError(
+            f"{c.where} stretches its positions by numbers that give none.",
+            why=f"{error} in what they are computed from.",
+            fix="fetch the model again",
+        ) from error
+
+
+def _stretched(c: _Json, common: dict[str, Any], context: int | None, theta: float, kind: str) -> dict[str, Any]:
+    """The same; division by zero and overflow are left to the caller.
 
     Two stretches depend on how long a text is to be. Keys are stored rotated, so they are settled here, by `context`.
     """
@@ -123,6 +150,8 @@ def _rope(
     trained, name = common["context"], rope.get("rope_type", str, rope.values.get("type", "default"))
     before = "original_max_position_embeddings"
     original = rope.get(before, int, c.get(before, int, trained))
+    if min(trained, original) < 1:
+        raise ZeroDivisionError("a context of no tokens")
     width = int(common["head_dim"] * _rotated(c))
     limit, scaling = trained, None
     match name:
@@ -153,6 +182,8 @@ def _rope(
             factor = rope.get("factor", float)
             limit = int(original * factor)
             length = max(context or original, original)
+            if factor <= 0:
+                raise ArithmeticError("a factor that is not positive")
             theta *= (factor * length / original - (factor - 1)) ** (width / max(width - 2, 1))
         case "longrope" | "su":
             long = (context or trained) > original
@@ -193,7 +224,14 @@ def _yarn_size(rope: _Json, factor: float) -> float:
 
 
 def _rotated(c: _Json) -> float:
-    return _rope_part(c).get("partial_rotary_factor", float, c.get("partial_rotary_factor", float, 1.0))
+    rotated = _rope_part(c).get("partial_rotary_factor", float, c.get("partial_rotary_factor", float, 1.0))
+    if not 0 < rotated <= 1:
+        raise CheckpointError(
+            f"{c.where}: partial_rotary_factor={rotated} is not a part.",
+            why="so much of a head would be turned.",
+            fix="fetch the model again",
+        )
+    return rotated
 
 
 def _locals(c: _Json, layers: int, default: Callable[[int], bool]) -> tuple[bool, ...]:
@@ -464,6 +502,8 @@ class Published:
         fields = {
             field: c.get(key, kinds[field]) for field, key in self.keys.items() if field not in ("kv_heads", "head_dim")
         }
+        # bounded before anything is listed for each; the tensors tell later whether it is right
+        bound_layers(c.where, fields["layers"])
         derived = {"kv_heads": fields["heads"], "head_dim": fields["dim"] // max(fields["heads"], 1)}
         fields |= {f: c.get(self.keys[f], int, x) if f in self.keys else x for f, x in derived.items()}
         for part in self.parts:
@@ -724,10 +764,12 @@ def _open_shards(folder: Path) -> dict[str, Any]:
     index = folder / "model.safetensors.index.json"
     where: dict[str, str] = {}
     if index.exists():
-        where = _read_json(index).get("weight_map", dict)
-        if not all(isinstance(shard, str) and Path(shard).name == shard for shard in where.values()):
+        # Large models have large ones.
+        sizes = sum(path.stat().st_size for path in folder.glob("*.safetensors") if path.is_file())
+        where = _read_json(index, MOST_JSON + sizes // 16).get("weight_map", dict)
+        if not all(isinstance(shard, str) and SHARD.fullmatch(shard) for shard in where.values()):
             raise CheckpointError(
-                f"{index} names files outside its folder.",
+                f"{index} names files outside its folder, or that are not safetensors.",
                 why="a checkpoint does not get to read the rest of the disk.",
                 fix="fetch the model again",
             )
@@ -746,9 +788,10 @@ def _open_shards(folder: Path) -> dict[str, Any]:
     tensors: dict[str, Any] = {}
     for file in files:
         try:
+            _check_header(folder / file)
             shard = safe_open(folder / file, framework="numpy")
             tensors |= {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118 (not a dict)
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, ValueError) as error:
             missing = not (folder / file).exists()
             raise CheckpointError(
                 f"{folder / file} " + ("is missing." if missing else "is truncated or damaged."),
@@ -757,11 +800,22 @@ def _open_shards(folder: Path) -> dict[str, Any]:
             ) from error
     if lost := [name for name in where if name not in tensors]:
         raise CheckpointError(
-            f"{folder} has no tensor {lost[0]!r}.",
-            why=f"{index.name} says {where[lost[0]]} has it.",
+            f"{folder} has no tensor {lost[0]!r:.100}.",
+            why=f"{index.name} says {where[lost[0]]:.100} has it.",
             fix="fetch the file again",
         )
     return tensors
+
+
+def _check_header(path: Path) -> None:
+    """Raise where the table of a file's tensors is longer than its tensors make likely: it is all read into memory."""
+    with path.open("rb") as file:
+        start, size = file.read(8), os.fstat(file.fileno()).st_size
+    length = int.from_bytes(start, "little")
+    if len(start) < 8 or length > size - 8:
+        raise ValueError(f"its header runs on past the file's {size:,} bytes")
+    if length > MOST_JSON + size // 16:
+        raise ValueError(f"its header has {length:,} of the file's {size:,} bytes")
 
 
 def _read(tensors: dict[str, Any], where: Source, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
@@ -770,7 +824,8 @@ def _read(tensors: dict[str, Any], where: Source, shape: tuple[int, ...], dtype:
     for file, into in zip(where.files, out if len(where.files) > 1 else out[None], strict=True):
         for part in row_chunks(into.shape):
             rows = slice(part.start + where.start, part.stop + where.start)
-            into[part] = tensors[file][:, rows].T if where.transposed else tensors[file][rows]
+            with converting(file, dtype):
+                into[part] = tensors[file][:, rows].T if where.transposed else tensors[file][rows]
     return out
 
 
@@ -803,8 +858,8 @@ def open_checkpoint(folder: Path, dtype: str, context: int | None = None) -> Che
     kind = settings.get("model_type", str)
     if kind not in MODEL_TYPES:
         raise CheckpointError(
-            f"{folder} is of an architecture that is not computed here: {kind!r}.",
-            why=nearest(kind, list(MODEL_TYPES)),
+            f"{folder} is of an architecture that is not computed here: {kind!r:.60}.",
+            why=nearest(kind[:60], list(MODEL_TYPES)),
             fix="use a model of a known one, or define the family with ip.define",
         )
     if settings.values.get("quantization_config"):
@@ -818,7 +873,7 @@ def open_checkpoint(folder: Path, dtype: str, context: int | None = None) -> Che
     text = settings if kind == row.model_type else _Json(settings.where, settings.get("text_config", dict))
     config: Any = row.read(text, context)
     tensors = _open_shards(folder)
-    check_layers(str(folder), config, len(tensors))
+    check_layers(str(folder), config.layers, len(tensors), getattr(config, "experts", 0))
     prefix = next((p for p in row.prefixes if f"{p}{row.top['embed']}.weight" in tensors), row.prefixes[0])
     head = "language_model.lm_head.weight" if prefix == "language_model.model." else "lm_head.weight"
 
@@ -837,6 +892,7 @@ def open_checkpoint(folder: Path, dtype: str, context: int | None = None) -> Che
         ignored.add(head)
     used = {name: tensor for name, tensor in tensors.items() if name not in ignored}
     check_tensors(str(folder), file_shapes(sources, expected), {n: tuple(t.get_shape()) for n, t in used.items()})
+    check_rotation(str(folder), config)
     for name, tensor in used.items():
         if tensor.get_dtype() not in DTYPES_READ:
             raise CheckpointError(
@@ -867,7 +923,12 @@ def _tokenizer(folder: Path, settings: _Json) -> Tokenizer | None:
     if (generation := folder / "generation_config.json").exists():
         eos = _read_json(generation).values.get("eos_token_id")
     eos = settings.values.get("eos_token_id") if eos is None else eos
-    tokenizer = Tokenizer.from_file(path, [eos] if isinstance(eos, int) else eos or [])
+    ends = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if bad := [i for i in ends if type(i) is not int or not 0 <= i < 2**31]:
+        raise CheckpointError(
+            f"{folder}: eos_token_id is {shown(bad[0])}.", why="it is a token, or several.", fix="fetch the model again"
+        )
+    tokenizer = Tokenizer.from_file(path, ends)
     return dataclasses.replace(tokenizer, template=_template(folder))
 
 

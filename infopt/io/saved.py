@@ -294,7 +294,7 @@ def _checked(spec: Spec, arrays: int, where: str = "the stack") -> Spec:
     """The Spec, if it is one that transforms could have made of a model with at most `arrays` arrays."""
     if not _fits(spec, Spec):
         raise _damaged(where, "a value in its Spec is of another kind than its name says, or beyond all bounds")
-    check_layers(where, spec.config, arrays)
+    check_layers(where, spec.config.layers, arrays)
     if problem := _problem(spec):
         raise _damaged(where, problem)
     if spec.program is not None:

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -111,8 +112,15 @@ class Tokenizer:
           CheckpointError: it cannot be read, or is not one.
         """
         try:
-            backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
-        except Exception as error:  # the library raises bare Exceptions
+            text = _read_text(path)
+            _check_merges(text)
+            backend = tokenizers.Tokenizer.from_str(text)
+            for part in (backend.normalizer, backend.pre_tokenizer, backend.post_processor, backend.decoder):
+                if part is not None:
+                    _check_steps(json.loads(part.__getstate__()))
+        except BaseException as error:  # the library raises bare Exceptions, and panics that are none
+            if not _is_failure(error):
+                raise
             raise CheckpointError(
                 f"{path} is not a tokenizer that can be read.", why=str(error), fix="fetch the model again"
             ) from error
@@ -292,7 +300,7 @@ class Tokenizer:
           PromptError: not a text of Unicode characters.
         """
         try:
-            return self.backend.encode(text, add_special_tokens=special).ids
+            return _working(self.backend.encode, text, add_special_tokens=special).ids
         except TypeError as error:
             what = "a lone surrogate" if isinstance(text, str) else f"a {type(text).__name__}"
             raise PromptError(
@@ -307,7 +315,7 @@ class Tokenizer:
         Raises:
           PromptError: an id is outside the vocabulary.
         """
-        return self.backend.decode(self._checked(ids), skip_special_tokens=False)
+        return _working(self.backend.decode, self._checked(ids), skip_special_tokens=False)
 
     def _checked(self, ids: Iterable[int]) -> list[int]:
         ids = [int(i) for i in ids]
@@ -365,6 +373,7 @@ class Stream:
         self._context: list[int] = [i for i in after[-_CONTEXT:] if i < tokenizer.vocab_size]
         self._pending: list[int] = []
         self._shown = len(tokenizer.decode(self._context).rstrip("\ufffd"))
+        self._certain = 0  # tokens of `_pending` before the run of bytes that it ends with
 
     def push(self, ids: Iterable[int]) -> str:
         """The text that the tokens `ids` have made certain; may be empty.
@@ -372,24 +381,100 @@ class Stream:
         Raises:
           PromptError: an id is outside the vocabulary; the stream then stands where it stood.
         """
+        known = len(self._pending)
         self._pending += self._tokenizer._checked(ids)
         certain = len(self._pending)
         # A byte of a byte-fallback vocabulary: what follows decides how the whole run of bytes reads.
-        while certain and BYTE_PIECE.fullmatch(self._tokenizer.backend.id_to_token(self._pending[certain - 1]) or ""):
+        while certain > known and BYTE_PIECE.fullmatch(
+            self._tokenizer.backend.id_to_token(self._pending[certain - 1]) or ""
+        ):
             certain -= 1
+        self._certain = certain = certain if certain > known else self._certain
         text = self._tokenizer.decode(self._context + self._pending[:certain])
         whole = text.rstrip("\ufffd")  # a character whose last bytes are still to come, or a broken one
         new, self._shown = whole[self._shown :], max(self._shown, len(whole))
         if certain == len(self._pending) and whole == text and certain:
-            self._context, self._pending = self._pending, []
+            self._context, self._pending, self._certain = self._pending, [], 0
             self._shown = len(self._tokenizer.decode(self._context))
         return new
 
     def flush(self) -> str:
         """What is left at the end of the text, complete or not; the stream then starts anew."""
         text = self._tokenizer.decode(self._context + self._pending)[self._shown :]
-        self._context, self._pending, self._shown = [], [], 0
+        self._context, self._pending, self._shown, self._certain = [], [], 0, 0
         return text
+
+
+MOST_BYTES = 64 << 20
+"""Bytes of a tokenizer.json; Gemma's, the largest in use, has 33 MB."""
+MOST_STEPS = 64
+MOST_GROWTH = 64
+"""By how much normalising or decoding may lengthen a text: a hundred replacements of "a" by "aa" would never end."""
+
+
+def _read_text(path: Path) -> str:
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > MOST_BYTES:
+            raise ValueError(f"it has {size:,} bytes, more than {MOST_BYTES:,}")
+        return file.read(size).decode("utf-8")  # never `read(most)`: it takes that memory first
+
+
+def _is_failure(error: BaseException) -> bool:
+    """Whether an exception says that the library failed; its Rust code panics by one that is not an Exception."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def _working(call: Any, *args: Any, **kwargs: Any) -> Any:
+    """The result of one of the library's calls; what it raises (but TypeError) is the tokenizer's fault."""
+    try:
+        return call(*args, **kwargs)
+    except TypeError:
+        raise
+    except BaseException as error:
+        if not _is_failure(error):
+            raise
+        raise CheckpointError(
+            "the model's tokenizer fails on this text.", why=f"{error}.", fix="fetch the model again"
+        ) from error
+
+
+def _check_merges(text: str) -> None:
+    """Raise where a merge's second part is shorter than what is to be cut off it, on which the library panics."""
+    if "merges" not in text or not re.search(r'"continuing_subword_prefix"\s*:\s*"[^"]', text):
+        return
+    model = json.loads(text).get("model", {})
+    prefix = model.get("continuing_subword_prefix") or ""
+    for merge in model.get("merges", []):
+        right = merge.partition(" ")[2] if isinstance(merge, str) else merge[1]
+        if len(right.encode()) < len(prefix.encode()):
+            raise ValueError(f"it merges {right!r:.60}, which does not begin with {prefix!r:.60}")
+
+
+def _check_steps(plain: Any) -> None:
+    """Raise where a part of a tokenizer does too much, or what the library would panic on."""
+    growth, steps, stack = 1.0, 0, [plain]
+    while stack:
+        step = stack.pop()
+        steps += 1
+        kind = step.get("type")
+        stack += [x for key in ("normalizers", "pretokenizers", "processors", "decoders") for x in step.get(key, ())]
+        if kind == "Replace":
+            replaced = len(step["pattern"].get("String", "")) or 1
+            growth *= max(1.0, len(step["content"]) / replaced)
+        elif kind == "Prepend":
+            growth *= 1 + len(step["prepend"]) / MOST_GROWTH
+        elif kind == "Strip" and max(step.get("start", 0), step.get("stop", 0)) > 1:
+            raise ValueError("its decoder strips more than one character, so that no token's text is certain")
+        elif kind == "TemplateProcessing":
+            pieces = [*step["single"], *step["pair"]]
+            growth *= max(1, sum("Sequence" in piece for piece in step["single"]))
+            if lost := [x["SpecialToken"]["id"] for x in pieces if "SpecialToken" in x]:
+                lost = [name for name in lost if name not in step["special_tokens"]]
+            if lost:
+                raise ValueError(f"it puts {lost[0]!r:.60} around a text, and does not say which token that is")
+    if steps > MOST_STEPS or growth > MOST_GROWTH:
+        raise ValueError(f"it lengthens a text {growth:.3g} times in {steps} steps")
 
 
 # ------------------------------------------------------------------------------------------------ a GGUF file's tables

@@ -11,7 +11,7 @@ import sysconfig
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import flax
 import jax
@@ -317,7 +317,7 @@ class Opened:
                 leaf = "embedding" if isinstance(m, nnx.Embed) else "kernel"
                 run.weights[id(getattr(m, leaf))] = weights[self.names[(*path, leaf)]]
             elif isinstance(m, nnx.Module) and callable(getattr(m, "attention_fn", None)):
-                m.attention_fn = functools.partial(_attention, path)
+                cast(Any, m).attention_fn = functools.partial(_attention, path)
         with _running(run):
             return self._call(module, tokens, positions)
 

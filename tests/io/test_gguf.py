@@ -294,6 +294,63 @@ def test_damaged_header_never_escapes_as_another_error(llama_gguf: Callable, tmp
     assert refusals > 50
 
 
+def test_tensors_over_the_same_bytes_are_refused(llama_gguf: Callable, tmp_path: Path) -> None:
+    path = llama_gguf().write(tmp_path / "m.gguf")
+    data = path.read_bytes()
+    at = data.index(b"blk.0.ffn_up.weight") + len("blk.0.ffn_up.weight") + 4 + 16 + 4
+    for offset, said in ((0, "overlaps"), (7, "overlaps|aligned")):
+        path.write_bytes(data[:at] + struct.pack("<Q", offset) + data[at + 8 :])
+        assert re.search(said, refused(path, "m.gguf is damaged").why)
+
+
+@pytest.mark.parametrize("key, value", [
+    ("llama.attention.head_count_kv", 2**31 - 1),
+    ("llama.attention.head_count", 2**31 - 1),
+    ("llama.block_count", 2**31 - 1),
+    ("llama.rope.freq_base", float("nan")),
+    ("llama.rope.freq_base", 0.0),
+    ("llama.attention.layer_norm_rms_epsilon", float("inf")),
+    ("tokenizer.ggml.tokens", 7),
+])  # fmt: skip
+def test_a_number_that_no_model_has_is_refused_at_once(
+    key: str, value: Any, llama_gguf: Callable, tmp_path: Path
+) -> None:
+    gguf = llama_gguf()
+    gguf.fields[key] = value
+    refused(gguf.write(tmp_path / "m.gguf"), "m.gguf")
+
+
+def test_metadata_that_comes_twice_is_refused(llama_gguf: Callable, tmp_path: Path) -> None:
+    gguf = llama_gguf()
+    gguf.fields["llama.vocab_sizf"] = 96
+    path = gguf.write(tmp_path / "m.gguf")
+    path.write_bytes(path.read_bytes().replace(b"llama.vocab_sizf", b"llama.vocab_size"))
+    refused(path, "comes twice")
+
+
+@pytest.mark.parametrize("item, value", [(0, b"\1"), (8, struct.pack("<Q", 0))], ids=["bytes", "words"])
+def test_a_list_of_millions_is_refused_before_it_is_made(item: int, value: bytes, tmp_path: Path) -> None:
+    head = b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1) + b"a" + struct.pack("<IIQ", 9, item, 5 << 20)
+    (tmp_path / "m.gguf").write_bytes(head + value * (5 << 20))
+    refused(tmp_path / "m.gguf", "more values than a model has use for")
+
+
+def test_a_value_beyond_float16_is_refused_and_not_made_infinite(llama_gguf: Callable, tmp_path: Path) -> None:
+    gguf = llama_gguf()
+    gguf.tensors["output_norm.weight"][0][3] = 1e5
+    path = gguf.write(tmp_path / "m.gguf")
+    refused(path, "beyond what float16 can say", dtype="float16")
+    load(path, "bfloat16")
+
+
+def test_an_error_quotes_a_file_shortly_and_without_escapes(llama_gguf: Callable, tmp_path: Path) -> None:
+    gguf = llama_gguf()
+    gguf.arch = "\x1b[2J" + "x" * 5000
+    gguf.tensors["\x1b[2J"] = gguf.tensors["output_norm.weight"]
+    error = refused(gguf.write(tmp_path / "m.gguf"))
+    assert error.one_line.isprintable() and len(error.one_line) < 3100
+
+
 @pytest.mark.parametrize("data", [b"", b"PK\x03\x04 a zip", b"GG", b"\x00" * 64])
 def test_foreign_file_is_refused(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(data)

@@ -220,7 +220,7 @@ def test_tied_head_that_differs_is_refused(edited: Edit) -> None:
     ("llama", "hidden_size", None, "'hidden_size' is missing"),
     ("llama", "hidden_size", "big", "'hidden_size' is 'big'"),
     ("llama", "num_key_value_heads", 3, "describes a model that cannot be"),
-    ("llama", "num_hidden_layers", 10**9, "too few for 1000000000 layers"),
+    ("llama", "num_hidden_layers", 10**9, "asks for 1000000000 layers"),
     ("llama", "num_hidden_layers", 4, "has no tensor 'model.layers.3."),
     ("gemma3", "final_logit_softcapping", 30.0, "final_logit_softcapping=30.0"),
     ("gemma3", "use_bidirectional_attention", True, "use_bidirectional_attention=True"),
@@ -230,6 +230,41 @@ def test_tied_head_that_differs_is_refused(edited: Edit) -> None:
 ])  # fmt: skip
 def test_config_beyond_the_families_is_refused(name: str, key: str, value: Any, said: str, edited: Edit) -> None:
     refused(edited(name, lambda config: config.update({key: value})), said)
+
+
+@pytest.mark.parametrize("name, changes", [
+    ("llama", {"max_position_embeddings": 0}),
+    ("llama", {"rms_norm_eps": float("nan")}),
+    ("llama", {"num_attention_heads": 10**400}),
+    ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": -3.0}}),
+    ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 1e308}}),
+    ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1.0}}),
+    ("llama", {"partial_rotary_factor": -1.0}),
+    ("llama", {"eos_token_id": [[1]]}),
+    ("qwen3_moe", {"num_experts": 2**31 - 1}),
+    ("mistral", {"sliding_window": -1}),
+    ("gemma3", {"query_pre_attn_scalar": 0}),
+], ids=str)  # fmt: skip
+def test_numbers_that_no_model_has_are_refused(name: str, changes: dict[str, Any], edited: Edit) -> None:
+    folder = edited(name, lambda config: config.update(changes))
+    made = ip.io.tokenizer.Tokenizer.from_tables(["a"], [], [1], "gpt-2")
+    (folder / "tokenizer.json").write_text(made.backend.to_str())
+    refused(folder, "")
+
+
+def test_a_config_of_brackets_is_refused(edited: Edit) -> None:
+    folder = edited("llama")
+    (folder / "config.json").write_text("[" * 100_000)
+    refused(folder, "config.json cannot be read")
+    (folder / "config.json").write_text('{"a": [' + "[]," * (1 << 20) + "0]}")
+    refused(folder, "bytes, more than")
+
+
+def test_a_header_that_is_most_of_a_file_is_refused(edited: Edit) -> None:
+    folder = edited("llama")
+    header = b'{"__metadata__":{' + b",".join(b'"%x":""' % i for i in range(1 << 18)) + b"}}"
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    refused(folder, "its header has")
 
 
 def test_missing_tensor_is_refused(edited: Edit) -> None:
@@ -279,9 +314,12 @@ def test_index_of_other_tensors_is_refused(edited: Edit) -> None:
     refused(folder, "has no tensor 'model.extra'")
 
 
-def test_index_that_leaves_its_folder_is_refused(edited: Edit) -> None:
+@pytest.mark.parametrize(
+    "shard", ["../other.safetensors", "/x.safetensors", "..", "", "a\0.safetensors", "config.json"]
+)
+def test_index_that_leaves_its_folder_is_refused(shard: str, edited: Edit) -> None:
     folder = edited("llama_tied")
-    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"x": "../other.safetensors"}}')
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": shard}}))
     refused(folder, "names files outside its folder")
 
 

@@ -184,6 +184,52 @@ def test_prompt_that_is_not_text_is_refused(text: Any, said: str, tokenizer: Tok
         tokenizer.encode(text)
 
 
+def hostile(tmp_path: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
+    tables = Tokenizer.from_tables(["a", "b", "ab", "<s>"], ["a b"], [1, 1, 1, 3], "gpt-2", bos=3)
+    tree = json.loads(tables.backend.to_str())
+    change(tree)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tree))
+    return tmp_path / "tokenizer.json"
+
+
+DOUBLE = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+
+
+@pytest.mark.parametrize("change, said", [
+    (lambda t: t.update(normalizer={"type": "Sequence", "normalizers": [DOUBLE] * 40}), "lengthens a text"),
+    (lambda t: t["post_processor"].update(special_tokens={}), "which token that is|cannot be read"),
+    (lambda t: t["model"].update(continuing_subword_prefix="abc"), "does not begin with 'abc'"),
+    (lambda t: t.update(decoder={"type": "Strip", "content": " ", "start": 99, "stop": 0}), "strips more than one"),
+], ids=["growth", "template", "prefix", "strip"])  # fmt: skip
+def test_a_hostile_tokenizer_is_refused_before_the_library_panics(
+    change: Any, said: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(CheckpointError, match=said):
+        Tokenizer.from_file(hostile(tmp_path, change)).encode("ab")
+    assert capfd.readouterr().err == ""
+
+
+def test_a_tokenizer_that_fails_on_a_text_says_so() -> None:
+    backend = tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="<unk>"))
+    with pytest.raises(CheckpointError, match="fails on this text"):
+        Tokenizer(backend).encode("b")
+
+
+def test_streaming_a_long_run_of_fallback_bytes_is_no_square(byte_fallback: Tokenizer) -> None:
+    ids = byte_fallback.encode("你" * 2000)
+    assert "".join(check_stream(byte_fallback, [[i] for i in ids])) == byte_fallback.decode(ids)
+    looked_up, backend = 0, byte_fallback.backend
+
+    class Counting:
+        def __getattr__(self, name: str) -> Any:
+            nonlocal looked_up
+            looked_up += name == "id_to_token"
+            return getattr(backend, name)
+
+    check_stream(Tokenizer(Counting()), [[i] for i in ids])  # type: ignore[arg-type]
+    assert looked_up <= 2 * len(ids)
+
+
 def bpe_fields(**changes: Any) -> dict[str, Any]:
     words = sorted(pre_tokenizers.ByteLevel.alphabet())[:94] + ["zz", "<end>"]
     fields = {
