@@ -24,7 +24,7 @@ from infopt import ops
 from infopt.cache import Layout, State
 from infopt.devices import Device
 from infopt.devices import device as find
-from infopt.errors import InfoptError, nearest
+from infopt.errors import InfoptError, human, nearest
 from infopt.generation import BUCKETS
 from infopt.io import open_checkpoint
 from infopt.io.checkpoint import DTYPES
@@ -466,10 +466,6 @@ _NOTE = (
 )
 
 
-def _size(n: float) -> str:
-    return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.2f} MB"
-
-
 def _rate(n: float) -> str:
     return f"{n:,.0f}" if n >= 100 else f"{n:.3g}"
 
@@ -480,7 +476,7 @@ def _bytes_table(p: Plan) -> str:
     lines = [p.stack, f"  batch {p.batch}, context {p.context}, {both}"]
 
     def line(title: str, size: int, what: str = "") -> None:
-        lines.append(f"  {title:<12} {_size(size):>10}  {what}".rstrip())
+        lines.append(f"  {title:<12} {human(size):>10}  {what}".rstrip())
 
     for title, parts in (("weights", a.weights), ("cache", a.cache)):
         for part in parts:
@@ -505,8 +501,8 @@ def _device_table(plans: list[Plan]) -> str:
     rows = [
         (
             p.device.name,
-            _size(p.device.memory),
-            _size(p.total),
+            human(p.device.memory),
+            human(p.total),
             "yes" if p.fits else "no",
             f"{p.largest_batch}",
             f"{p.largest_context}" + "+" * (p.largest_context == LONGEST),
@@ -580,8 +576,8 @@ def _common_table(rows: list[dict[str, Plan]], context: int, batch: int) -> str:
     cells = []
     for (size, form), plans in zip(labels, rows, strict=True):
         weights = sum(part.bytes for part in next(iter(plans.values())).account.weights)
-        fit = (f"{_rate(p.decode.tokens_per_second)} in {_size(p.total)}" if p.fits else "-" for p in plans.values())
-        cells.append((f"{size.name} {form}", _size(weights), *fit))
+        fit = (f"{_rate(p.decode.tokens_per_second)} in {human(p.total)}" if p.fits else "-" for p in plans.values())
+        cells.append((f"{size.name} {form}", human(weights), *fit))
     shapes_of = ", ".join(f"{size.name} {size.like}" for size in SIZES)
     return (
         f"batch {batch}, context {context}, keys and values in 16 bits; "
@@ -604,7 +600,7 @@ def main(args: argparse.Namespace) -> int:
             return 0
         print(_common_table(rows, context, args.batch))
         for d in devices:
-            print(f"  {d.name}: {d.title}, {_size(d.memory)}; {d.source}")
+            print(f"  {d.name}: {d.title}, {human(d.memory)}; {d.source}")
         print(_NOTE)
         return 0
     stack = parse_stack("" if args.stack.strip() == "none" else args.stack)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from infopt import cli
+from infopt.errors import human
 from infopt.io import hf, hub
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -65,17 +66,17 @@ def fail(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 def test_pulled_model_is_listed_shown_and_removed(server: Any, capsys: pytest.CaptureFixture[str]) -> None:
     name, size = "hf:owner/tiny", sum(map(len, files("llama").values()))
-    assert run(capsys, "pull", name).startswith(f"{name}: {size / 1000:.1f} kB in {hf.cache_folder()}")
+    assert run(capsys, "pull", name).startswith(f"{name}: {human(size)} in {hf.cache_folder()}")
 
     head, *lines = run(capsys, "list").splitlines()
     assert head.split() == ["NAME", "SIZE", "MODIFIED", "WHERE"]
     (line,) = [line.split() for line in lines if line.startswith(name)]
-    assert line[1:3] == [f"{size / 1000:.1f}", "kB"]
+    assert line[1:3] == human(size).split()
     assert line[3] == time.strftime("%Y-%m-%d")
     assert Path(line[5]) == hf.cached(hf.Ref.parse(name))
 
     assert "family      llama" in run(capsys, "show", name)
-    assert run(capsys, "rm", name) == f"{name}: {size / 1000:.1f} kB freed\n"
+    assert run(capsys, "rm", name) == f"{name}: {human(size)} freed\n"
     assert name not in run(capsys, "list")
     assert "is not on this machine" in fail(capsys, "rm", name)
 
@@ -109,7 +110,7 @@ def test_show_counts_the_bytes_of_each_type(server: Any, capsys: pytest.CaptureF
     from infopt.io import gguf
 
     shown = dict(line.split(maxsplit=1) for line in run(capsys, "show", str(smollm2)).splitlines())
-    assert shown["weights"].startswith("Q4_1 66.4 MB (210), Q8_0 30.1 MB (1), F32 140.5 kB (61)")
+    assert shown["weights"].startswith("Q4_1 66.4 MB (210), Q8_0 30.1 MB (1), F32 141 kB (61)")
     assert shown["licence"] == "apache-2.0"
     assert shown["parameters"] == "134,515,008"
     assert shown["tokenizer"] == "49,152 tokens, ends a text at [2]"
