@@ -32,7 +32,7 @@ from infopt.model import FAMILIES, Model, build, check_length, context_limit, se
 from infopt.models import llama
 from infopt.qtensor import Format, is_qtensor, quantize_array
 from infopt.spec import Spec
-from infopt.transforms import cache_kv, parse_stack, quantize
+from infopt.transforms import cache_kv, quantize, stack_option
 from infopt.transforms.base import whole
 from infopt.typing import Params
 
@@ -603,7 +603,7 @@ def main(args: argparse.Namespace) -> int:
             print(f"  {d.name}: {d.title}, {human(d.memory)}; {d.source}")
         print(_NOTE)
         return 0
-    stack = parse_stack("" if args.stack.strip() == "none" else args.stack)
+    stack = stack_option(args.stack)
     found = open_checkpoint(args.model, args.dtype)
     model = stack(Model.of(FAMILIES[found.family], found.config, None, tuple(found.formats.items())))
     context = min(context_limit(model.spec) or 8192, 8192) if args.context is None else args.context

@@ -331,6 +331,24 @@ def test_a_mistake_costs_a_line_and_the_session_goes_on(line: str, said: str, ta
     assert any(text.startswith("prefilled") for text in out)
 
 
+@pytest.mark.parametrize(
+    "stack", ["quantize(bits=8) | cache_kv(bits=8)", f"cache_kv() | {SPECULATIVE}", "quantize(bits=8)"]
+)
+def test_a_saved_stack_chats_as_it_was_saved_and_gets_a_cache_where_it_has_none(
+    stack: str, talk: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from infopt.io import saved
+
+    ip.save(tmp_path / "stack", *stacked(stack))
+    monkeypatch.setattr("infopt.io.load", lambda name, dtype: saved.load(tmp_path / "stack", dtype))
+    code, out, err = talk("Hello", "/stats", "/stack none", "/stats")
+    assert (code, err) == (0, [])
+    told = [line.partition(" | ")[2] for line in out if line.startswith("llama")]
+    assert told == [stack if "cache_kv" in stack else f"{stack} | cache_kv()", stack]
+    code, _, err = talk("Hello", arguments=("--stack", "cache_kv()"))  # asked for, it is not left out
+    assert (code, len(err)) == ((2, 1) if "cache_kv" in stack else (0, 0))
+
+
 def test_a_wrong_stack_is_told_before_the_model_is_read(talk: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("infopt.io.load", lambda name, dtype: pytest.fail("read"))
     code, _, err = talk("Hello", arguments=("--stack", "cash_kv()"))
