@@ -220,7 +220,7 @@ def _add_library(commands: Any) -> None:
     parser.set_defaults(command=_library, what="list_")
     parser = _command(commands, "show", "print what a model is, without reading its weights", LIBRARY_EXAMPLES)
     parser.set_defaults(command=_library, what="show")
-    parser.add_argument("name", metavar="NAME", help="a name, a .gguf file or a Hugging Face folder")
+    parser.add_argument("name", metavar="NAME", help="a name, a .gguf file, a Hugging Face folder or a saved stack")
     parser = _command(commands, "families", "list the families that are computed, as a table", LIBRARY_EXAMPLES)
     parser.set_defaults(command=_library, what="families")
     parser = _command(commands, "rm", "delete a fetched model, and say what was freed", LIBRARY_EXAMPLES)

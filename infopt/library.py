@@ -5,15 +5,20 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import re
 import struct
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from infopt.errors import FetchError, human
-from infopt.io import hf, hub, names
+from infopt.io import hf, hub, is_saved, names
+
+if TYPE_CHECKING:
+    from infopt.model import Model
 
 
 def pull(args: argparse.Namespace) -> int:
@@ -116,37 +121,52 @@ def families_table() -> str:
 
 def show(args: argparse.Namespace) -> int:
     """Prints what a model is, without reading its weights."""
-    # They bring JAX, which the other commands do without.
-    import numpy as np
-
-    from infopt.io import open_checkpoint
-    from infopt.model import FAMILIES, Model, shapes
-    from infopt.transforms import cache_kv
+    from infopt.io import open_model  # it brings JAX, which the other commands do without
 
     path = names.locate(args.name, fetch=False)
-    checkpoint = open_checkpoint(path, "keep")
-    model = Model.of(FAMILIES[checkpoint.family], checkpoint.config)
-    parameters = sum(int(np.prod(shape)) for shape in shapes(model.spec).values())
-    config = {key: value for key, value in dataclasses.asdict(checkpoint.config).items() if value is not None}
-    tokenizer = checkpoint.tokenizer
+    model, _ = open_model(path, "keep")
+    c, tokenizer = model.spec.config, model.tokenizer
+    config = {key: value for key, value in dataclasses.asdict(c).items() if value is not None}
     stored = ", ".join(f"{kind} {human(size)} ({count})" for kind, (size, count) in _stored(path).items())
-    dense, packed = (cache_kv(bits)(model).token_bytes() for bits in (None, 8))
     lines = {
         "where": f"{path} ({human(_size(path))})",
-        "family": checkpoint.family,
+        "family": model.spec.family,
+        "stack": f"{model.recipe}, {'exact' if model.exact else 'not exact'}" if is_saved(path) else None,
         "licence": _licence(path) or "the files do not say",
-        "parameters": f"{parameters:,}",
-        "weights": f"{stored}: the type, the bytes and the number of tensors",
-        "context": f"{checkpoint.config.context:,} tokens",
-        "cache": f"{dense:,} bytes a token in float32, {packed:,} with cache_kv(bits=8)",
+        "parameters": _parameters(model),
+        "weights": f"{stored}: the type, the bytes and the number of weights",
+        "context": f"{c.context:,} tokens",
+        "cache": _token_bytes(model),
         "tokenizer": f"{tokenizer.vocab_size:,} tokens, ends a text at {list(tokenizer.eos_ids)}"
         if tokenizer
         else "none",
         "config": ", ".join(f"{key}={json.dumps(value)}" for key, value in config.items()),
     }
     for key, value in lines.items():
-        print(f"{key:<10}  {value}")
+        if value is not None:
+            print(f"{key:<10}  {value}")
     return 0
+
+
+def _parameters(model: Model) -> str:
+    from infopt.model import shapes
+
+    program = model.spec.program
+    own, draft = (
+        sum(math.prod(shape) for shape in shapes(spec).values()) if spec else 0
+        for spec in (model.spec, program and program.draft)
+    )
+    return f"{own:,}" + f", and {draft:,} of its draft" * (program is not None)
+
+
+def _token_bytes(model: Model) -> str:
+    """Cache bytes a token: the stack's own, or, where it has no cache yet, with one."""
+    from infopt.transforms import cache_kv
+
+    if model.spec.cache:
+        return f"{model.token_bytes():,} bytes a token"
+    dense, packed = (cache_kv(bits)(model).token_bytes() for bits in (None, 8))
+    return f"{dense:,} bytes a token in float32, {packed:,} with cache_kv(bits=8)"
 
 
 def _size(path: Path) -> int:
@@ -163,7 +183,12 @@ def _stored(path: Path) -> dict[str, tuple[int, int]]:
     def add(kind: str, size: int) -> None:
         out[kind] = (out.get(kind, (0, 0))[0] + size, out.get(kind, (0, 0))[1] + 1)
 
-    if path.is_dir():
+    if is_saved(path):
+        from infopt.io import saved
+
+        for kind, size in saved.open_stack(path, "keep").stored.values():
+            add(kind, size)
+    elif path.is_dir():
         index = path / hf.INDEX
         for file in hf.shards(index) if index.exists() else [hf.WEIGHTS]:
             for tensor in _safetensors_header(path / file).values():

@@ -26,9 +26,9 @@ from infopt.devices import Device
 from infopt.devices import device as find
 from infopt.errors import InfoptError, human, nearest
 from infopt.generation import BUCKETS
-from infopt.io import open_checkpoint
+from infopt.io import open_model
 from infopt.io.checkpoint import DTYPES
-from infopt.model import FAMILIES, Model, build, check_length, context_limit, segments, shapes, window_groups
+from infopt.model import Model, build, check_length, context_limit, segments, shapes, window_groups
 from infopt.models import llama
 from infopt.qtensor import Format, is_qtensor, quantize_array
 from infopt.spec import Spec
@@ -604,12 +604,11 @@ def main(args: argparse.Namespace) -> int:
         print(_NOTE)
         return 0
     stack = stack_option(args.stack)
-    found = open_checkpoint(args.model, args.dtype)
-    model = stack(Model.of(FAMILIES[found.family], found.config, None, tuple(found.formats.items())))
+    base, dtype = open_model(args.model, args.dtype)
+    model = stack(base)
     context = min(context_limit(model.spec) or 8192, 8192) if args.context is None else args.context
     plans = [
-        plan(model, device=d, context=context, batch=args.batch, dtype=args.dtype, kv_dtype=args.kv_dtype)
-        for d in devices
+        plan(model, device=d, context=context, batch=args.batch, dtype=dtype, kv_dtype=args.kv_dtype) for d in devices
     ]
     if args.json:
         print(json.dumps([json.loads(p.to_json()) for p in plans]))

@@ -118,6 +118,41 @@ def test_show_counts_the_bytes_of_each_type(server: Any, capsys: pytest.CaptureF
     assert sum(tensor.rows.nbytes for tensor in tensors) < smollm2.stat().st_size
 
 
+SAVED = {
+    "gqa(1) | quantize(bits=8, where='*.mlp.*') | cache_kv(bits=8)": ["int8 ", "float32 "],
+    "cache_kv() | speculative(draft=self_draft(quantize(bits=4, group=16)), k=2)": ["float32 ", "int4 "],
+    "sliding_window(8)": ["float32 "],
+}
+
+
+@pytest.mark.parametrize("stack", SAVED)
+def test_show_says_what_a_saved_stack_is_without_its_arrays(
+    stack: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import jax
+
+    import infopt as ip
+    from infopt.io.checkpoint import LazyWeights
+
+    model = ip.parse_stack(stack)(ip.models.llama(layers=2, dim=32, heads=2, kv_heads=2, head_dim=16, mlp=32, vocab=61))
+    params = model.init(jax.random.key(0))
+    ip.save(tmp_path / "stack", model, params)
+    monkeypatch.setattr(LazyWeights, "__getitem__", lambda self, key: pytest.fail(f"{key} was read"))
+    shown = dict(line.split(maxsplit=1) for line in run(capsys, "show", str(tmp_path / "stack")).splitlines())
+    assert shown["stack"] == f"{model.recipe}, {'exact' if model.exact else 'not exact'}"
+    assert shown["family"] == "llama" and "layers=2" in shown["config"]
+    cached = model if model.spec.cache else ip.cache_kv()(model)
+    assert shown["cache"].startswith(f"{cached.token_bytes():,} bytes a token")
+    listed, _, _ = shown["weights"].partition(":")
+    kinds = {kind for kind in SAVED[stack] if kind in f"{listed} "}
+    assert kinds == {*SAVED[stack]}
+    assert ("of its draft" in shown["parameters"]) == ("speculative" in stack)
+    from infopt.io import saved
+
+    stored = saved.open_stack(tmp_path / "stack", "keep").stored
+    assert sum(size for _, size in stored.values()) == sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+
+
 def test_show_fetches_nothing(server: Any, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("hf:owner/tiny", "own-1b"):
         assert f"fix: infopt pull {name}" in fail(capsys, "show", name)
