@@ -25,7 +25,8 @@ def pull(args: argparse.Namespace) -> int:
     """Fetches models, and says where they are."""
     for name in args.names:
         path = names.follow(name).pull()
-        print(f"{name}: {human(_size(path))} in {path}")
+        licence = _card(path) if path.is_dir() else None  # a GGUF file's own is read with JAX: `show` tells it
+        print(f"{name}: {human(_size(path))} in {path}" + (f"; licence: {licence}" if licence else ""))
     return 0
 
 
@@ -212,12 +213,31 @@ def _safetensors_header(path: Path) -> dict[str, dict]:
 def _licence(path: Path) -> str | None:
     """What a GGUF file's metadata, or the card beside a folder's files, says."""
     if path.is_dir():
-        card = path / "README.md"
-        text = card.read_text(encoding="utf-8", errors="replace") if card.exists() else ""
-        front = re.match(r"---\n(.*?)\n---", text, re.S)
-        found = re.search(r"^license:[ \t]*['\"]?([\w.-]+)", front[1], re.M) if front else None
-        return found[1] if found else None
+        return _card(path)
     from infopt.io import gguf
 
     said = gguf.open_file(path).fields.get("general.license")
-    return said if isinstance(said, str) else None
+    return _printable(said) if isinstance(said, str) else None
+
+
+def _card(folder: Path) -> str | None:
+    """What the first lines of a folder's README.md say of its licence, or else the first line of its LICENSE."""
+    front = re.match(r"---\n(.*?)\n---", _beginning(folder / "README.md"), re.S)
+    said = dict(re.findall(r"^(license(?:_name)?):[ \t]*['\"]?([\w.+-]+)", front[1], re.M)) if front else {}
+    if found := said.get("license"):
+        return f"{found} ({said['license_name']})" if "license_name" in said else found
+    texts = [_beginning(folder / name).strip() for name in hf.CARDS[1:]]
+    return next((_printable(text.splitlines()[0]) for text in texts if text), None)
+
+
+def _beginning(path: Path) -> str:
+    try:
+        with open(path, "rb") as file:
+            return file.read(1 << 16).decode("utf-8", "replace").replace("\r\n", "\n")
+    except OSError:  # it is not there, or not for us to read: what it would have said is not worth an error
+        return ""
+
+
+def _printable(text: str) -> str:
+    """A stranger's words as a terminal may show them."""
+    return "".join(c if c.isprintable() else " " for c in text[:100]).strip()

@@ -106,6 +106,29 @@ def test_show_says_what_the_file_says(server: Any, capsys: pytest.CaptureFixture
     assert shown["parameters"] == f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,}"
 
 
+@pytest.mark.parametrize(
+    ("cards", "licence"),
+    [
+        ({"README.md": "---\ntags: [x]\nlicense: apache-2.0\n---\nlicense: mit\n"}, "apache-2.0"),
+        ({"README.md": "---\r\nlicense: 'mit'\r\n---\r\n"}, "mit"),
+        ({"README.md": "---\nlicense: other\nlicense_name: llama3.1\n---\n"}, "other (llama3.1)"),
+        ({"README.md": "---\ntags: [x]\n---\n", "LICENSE": "\n  MIT License\n\nof 2020"}, "MIT License"),
+        ({"LICENSE.txt": "\x1b[2J" + "A" * 300}, "[2J" + "A" * 96),
+        ({"README.md": "license: mit", "LICENSE": " \n"}, None),
+        ({}, None),
+    ],
+    ids=["card", "other line ends", "a name of its own", "text", "hostile", "nothing said", "none"],
+)
+def test_licence_of_a_pulled_model_is_printed(
+    cards: dict[str, str], licence: str | None, server: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.put("owner/tiny", files("llama") | {name: text.encode() for name, text in cards.items()})
+    pulled = run(capsys, "pull", "hf:owner/tiny")
+    assert pulled.partition("; licence: ")[2] == (f"{licence}\n" if licence else "")
+    shown = dict(line.split(maxsplit=1) for line in run(capsys, "show", "hf:owner/tiny").splitlines())
+    assert shown["licence"] == (licence or "the files do not say")
+
+
 def test_show_counts_the_bytes_of_each_type(server: Any, capsys: pytest.CaptureFixture[str], smollm2: Path) -> None:
     from infopt.io import gguf
 

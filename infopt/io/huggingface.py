@@ -652,18 +652,18 @@ def _tokenizer(folder: Path, settings: _Json) -> Tokenizer | None:
 
 
 def _template(folder: Path) -> ChatTemplate | None:
-    """A file of its own comes before what tokenizer_config.json says."""
+    """Files of their own come before what tokenizer_config.json says: as in transformers, in place of all of it."""
     path, values = folder / "tokenizer_config.json", {}
     if path.exists():
         values = _read_json(path).values
     named = {k: v["content"] if isinstance(v, dict) and "content" in v else v for k, v in values.items()}
     special = {k: v for k, v in named.items() if k.endswith("_token") and isinstance(v, str)}
-    text: Any = values.get("chat_template")
-    if (own := folder / "chat_template.jinja").exists():
-        text = {"default": _read_template(own)}
-        if (tool_use := folder / "additional_chat_templates" / "tool_use.jinja").exists():
-            text["tool_use"] = _read_template(tool_use)
-    return read_template(text, special, str(folder))
+    places = [("default", folder / "chat_template.jinja")]
+    places += [(name, folder / "additional_chat_templates" / f"{name}.jinja") for name in ("default", "tool_use")]
+    own = {name: _read_template(place) for name, place in places if place.exists()}
+    if own and "default" not in own:
+        return None  # transformers renders nothing then, but where there are tools
+    return read_template(own or values.get("chat_template"), special, str(folder))
 
 
 def _read_template(path: Path) -> str:
