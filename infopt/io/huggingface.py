@@ -6,15 +6,16 @@ import dataclasses
 import functools
 import json
 import math
+import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from infopt.errors import CheckpointError, nearest
+from infopt.errors import CheckpointError
 from infopt.io.chat_template import MAX_SOURCE, ChatTemplate, read_template
 from infopt.io.checkpoint import (
     DTYPES,
@@ -28,6 +29,7 @@ from infopt.io.checkpoint import (
     row_chunks,
 )
 from infopt.io.tokenizer import Tokenizer
+from infopt.io.unknown import Asked, Candidate, unknown_architecture
 from infopt.model import FAMILIES, Model, aligned_empty, shapes
 from infopt.models import (
     Gemma2Config,
@@ -76,7 +78,7 @@ class _Json:
 
     def default(self, **values: Any) -> _Json:
         """The same, with values for keys that are absent or null."""
-        return _Json(self.where, values | {k: v for k, v in self.values.items() if v is not None})
+        return _Json(self.where, self.values | {k: v for k, v in values.items() if self.values.get(k) is None})
 
     def part(self, key: str) -> _Json:
         return _Json(f"{self.where}: {key}", self.get(key, dict, {}))
@@ -557,6 +559,26 @@ def _equal(a: Any, b: Any) -> bool:
     return shape == tuple(b.get_shape()) and all(np.array_equal(a[part], b[part]) for part in row_chunks(shape))
 
 
+def _unknown(folder: Path, settings: _Json, kind: str) -> CheckpointError:
+    """The error that names the nearest known architecture and what differs."""
+
+    def reader(known: str) -> Callable[[Asked], tuple[str, Config]]:
+        family, read = CONFIGS[known]
+        return lambda values: (family, read(_Json(settings.where, values), None))
+
+    def names(found: tuple[str, Config]) -> tuple[Iterable[str], Iterable[str]]:
+        family, config = found
+        there = _open_shards(folder)
+        check_layers(str(folder), config, len(there))
+        expected = shapes(Model.of(FAMILIES[family], config).spec)
+        sources = {n: source(family, config, n, shape, "", "lm_head.weight") for n, shape in expected.items()}
+        bare = (re.sub(r"^((transformer|model|language_model)\.)+", "", name) for name in there)
+        return file_shapes(sources, expected), [name for name in bare if not name.endswith("rotary_emb.inv_freq")]
+
+    candidates = {known: Candidate(settings.values, reader(known), where=settings.where) for known in CONFIGS}
+    return unknown_architecture(str(folder), kind, candidates, names)
+
+
 def open_checkpoint(folder: Path, dtype: str, context: int | None = None) -> Checkpoint:
     """Open a Hugging Face folder: all is checked here; the weights are read when they are asked for.
 
@@ -580,11 +602,7 @@ def open_checkpoint(folder: Path, dtype: str, context: int | None = None) -> Che
     settings = _read_json(folder / "config.json")
     kind = settings.get("model_type", str)
     if kind not in CONFIGS:
-        raise CheckpointError(
-            f"{folder} is of an architecture that is not computed here: {kind!r}.",
-            why=nearest(kind, list(CONFIGS)),
-            fix="use a model of a known one, or define the family with ip.define",
-        )
+        raise _unknown(folder, settings, kind)
     if settings.values.get("quantization_config"):
         raise CheckpointError(
             f"{settings.where}: the weights are quantised (quantization_config).",
