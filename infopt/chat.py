@@ -154,8 +154,25 @@ class Chat:
         self.messages = [m for m in self.messages[:1] if m["role"] == "system"]
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the messages to a file, as JSON."""
-        Path(path).write_text(json.dumps(self.messages, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        """Write the messages to a file, as JSON: whole, or not at all.
+
+        Raises:
+          InfoptError: it cannot be written; what was there before is there still.
+        """
+        path = Path(path)
+        fresh = path.with_name(f".{path.name[:100]}.saving-{os.getpid()}")
+        try:
+            fresh.write_text(json.dumps(self.messages, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+            os.replace(fresh, path)
+        except OSError as error:
+            raise InfoptError(
+                f"{path} could not be written.",
+                why=error.strerror or str(error),
+                fix="another file, in a folder that is there and yours to change; or free some space",
+            ) from error
+        finally:
+            with contextlib.suppress(OSError):
+                fresh.unlink(missing_ok=True)
 
     def _before(self) -> list[dict[str, Any]]:
         asked = [i for i, message in enumerate(self.messages) if message["role"] == "user"]

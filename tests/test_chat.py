@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import io
 import json
 import os
@@ -22,7 +23,7 @@ from tokenizers import AddedToken, decoders, models
 
 import infopt as ip
 from infopt import cli
-from infopt.errors import PromptError, SamplingError
+from infopt.errors import InfoptError, PromptError, SamplingError
 from infopt.io.chat_template import ChatTemplate
 from infopt.io.tokenizer import Tokenizer
 from infopt.model import Weights
@@ -257,6 +258,29 @@ def test_messages_are_saved_as_json(tmp_path: Path) -> None:
     say(chat, "一")
     chat.save(tmp_path / "m.json")
     assert json.loads((tmp_path / "m.json").read_text(encoding="utf-8")) == chat.messages
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])
+@pytest.mark.parametrize("place", ["write_text", "replace"])
+def test_messages_that_cannot_be_saved_leave_the_file_as_it_was(
+    place: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat = ip.Chat(*stacked("cache_kv()"), SYSTEM)
+    chat.save(tmp_path / "m.json")
+    before, write = (tmp_path / "m.json").read_bytes(), Path.write_text
+
+    def refuse(path: Path, *args: Any, **kwargs: Any) -> None:
+        if place == "write_text":
+            write(path, "half")
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path if place == "write_text" else os, place, refuse)
+    chat.messages.append({"role": "user", "content": "more"})
+    with pytest.raises(InfoptError, match="could not be written") as caught:
+        chat.save(tmp_path / "m.json")
+    assert caught.value.why == os.strerror(number)
+    assert [path.name for path in tmp_path.iterdir()] == ["m.json"]
+    assert (tmp_path / "m.json").read_bytes() == before
 
 
 # --------------------------------------------------------------------------------------------------------- interruption
