@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -154,8 +154,25 @@ class Chat:
         self.messages = [m for m in self.messages[:1] if m["role"] == "system"]
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the messages to a file, as JSON."""
-        Path(path).write_text(json.dumps(self.messages, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        """Write the messages to a file, as JSON: whole, or not at all.
+
+        Raises:
+          InfoptError: it cannot be written; what was there before is there still.
+        """
+        path = Path(path)
+        fresh = path.with_name(f".{path.name[:100]}.saving-{os.getpid()}")
+        try:
+            fresh.write_text(json.dumps(self.messages, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+            os.replace(fresh, path)
+        except OSError as error:
+            raise InfoptError(
+                f"{path} could not be written.",
+                why=error.strerror or str(error),
+                fix="another file, in a folder that is there and yours to change; or free some space",
+            ) from error
+        finally:
+            with contextlib.suppress(OSError):
+                fresh.unlink(missing_ok=True)
 
     def _before(self) -> list[dict[str, Any]]:
         asked = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
@@ -239,19 +256,16 @@ Ctrl-C stops an answer and keeps what there is of it. Ctrl-D ends."""
 def main(args: argparse.Namespace) -> int:
     """`infopt chat`: lines from standard input, answers to standard output, everything else to standard error."""
     from infopt.io import load
-    from infopt.transforms import parse_stack
+    from infopt.transforms import stack_option
 
-    def stacked(text: str) -> tuple[Model, Params]:
-        if text.strip() in ("", "none"):
-            return base, base_params
-        model = parse_stack(text)(base)
-        return model, model.convert(base_params)
+    def stacked(stack: Callable[[Model], Model]) -> tuple[Model, Params]:
+        model = stack(base)
+        return model, base_params if model is base else model.convert(base_params)
 
-    if args.stack.strip() not in ("", "none"):
-        parse_stack(args.stack)  # a mistake is told before the wait for a model
+    stack = stack_option(args.stack)
     base, base_params = load(args.model, dtype=args.dtype)
     chat = Chat(
-        *stacked(args.stack),
+        *stacked(stack),
         args.system,
         max_new=args.max_new,
         max_len=args.max_len,
@@ -273,7 +287,7 @@ def main(args: argparse.Namespace) -> int:
         try:
             line = input("> " if terminal else "").strip()
             if line:
-                _obey(chat, line, stacked)
+                _obey(chat, line, lambda text: stacked(stack_option(text)))
         except EOFError:
             if terminal:
                 print()
@@ -290,7 +304,7 @@ def main(args: argparse.Namespace) -> int:
             code = code if terminal else 2  # a script hears of it; who sees it goes on
 
 
-def _obey(chat: Chat, line: str, stacked: Any) -> None:
+def _obey(chat: Chat, line: str, stacked: Callable[[str], tuple[Model, Params]]) -> None:
     word, _, rest = line.partition(" ")
     rest = rest.strip()
     if not line.startswith("/") or line.startswith("//"):

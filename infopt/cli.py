@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from infopt.generation import Chunk, Generation
 
 START = time.perf_counter()
-STACK = "cache_kv()"  # where none is given
 USAGE, INTERRUPTED, PIPE_CLOSED = 2, 130, 141  # exit codes; the last two as a shell reports SIGINT and SIGPIPE
 
 GENERATE_EXAMPLES = """\
@@ -157,9 +156,9 @@ def _add_model(parser: argparse.ArgumentParser, max_new: int) -> None:
     )
     parser.add_argument(
         "--stack",
-        default=STACK,
         metavar="TEXT",
-        help="transforms, the first one applied first, with | between (default: %(default)s); none for the bare model",
+        help="transforms, the first one applied first, with | between; none for the bare model "
+        "(default: cache_kv(), if the model has no cache yet)",
     )
     parser.add_argument(
         "--dtype",
@@ -221,7 +220,7 @@ def _add_library(commands: Any) -> None:
     parser.set_defaults(command=_library, what="list_")
     parser = _command(commands, "show", "print what a model is, without reading its weights", LIBRARY_EXAMPLES)
     parser.set_defaults(command=_library, what="show")
-    parser.add_argument("name", metavar="NAME", help="a name, a .gguf file or a Hugging Face folder")
+    parser.add_argument("name", metavar="NAME", help="a name, a .gguf file, a Hugging Face folder or a saved stack")
     parser = _command(commands, "families", "list the families that are computed, as a table", LIBRARY_EXAMPLES)
     parser.set_defaults(command=_library, what="families")
     parser = _command(commands, "rm", "delete a fetched model, and say what was freed", LIBRARY_EXAMPLES)
@@ -236,7 +235,7 @@ def _add_plan(commands: Any) -> None:
     parser.add_argument(
         "model", nargs="?", metavar="MODEL", help="as for generate; its weights are not read (default: common sizes)"
     )
-    parser.add_argument("--stack", default="cache_kv()", metavar="TEXT", help="as for generate (default: %(default)s)")
+    parser.add_argument("--stack", metavar="TEXT", help="as for generate")
     parser.add_argument(
         "--context", type=int, metavar="N", help="positions a row (default: 8192, or the model's limit)"
     )
@@ -326,14 +325,11 @@ def _generate(args: argparse.Namespace) -> int:
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     _prepare_jax()
     import infopt as ip
+    from infopt.transforms import stack_option
 
-    # A mistake in the stack is told before the wait for a model.
-    transform = None if args.stack.strip() in ("", "none") else ip.parse_stack(args.stack)
-    model, params = ip.load(args.model, dtype=args.dtype)
-    if args.stack == STACK and model.spec.cache:  # a saved stack may have its cache already
-        transform = None
-    if transform is not None:
-        model = transform(model)
+    stack = stack_option(args.stack)
+    base, params = ip.load(args.model, dtype=args.dtype)
+    if (model := stack(base)) is not base:
         params = model.convert(params)
 
     first: list[float] = []  # seconds to the first token

@@ -69,13 +69,13 @@ def nearest(name: str, known: "list[str] | tuple[str, ...]") -> str:
 
 
 def human(size: float) -> str:
-    """Bytes as a person reads them.
+    """Bytes as a person reads them: three digits, in powers of 1000, as the hub, Ollama and the makers of disks count.
 
-    >>> human(98_362_432)
-    '98.4 MB'
+    >>> human(98_362_432), human(512), human(999_950)
+    ('98.4 MB', '512 B', '1 MB')
     """
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{round(size, 1):g} {unit}"
+    for unit in ("B", "kB", "MB", "GB", "TB", "PB"):
+        if size < 999.5:  # what rounds to 1000 is 1 of the next
+            return f"{size:.3g} {unit}"
         size /= 1000
-    return f"{size:.1f} GB"
+    return f"{size:.3g} EB"

@@ -5,22 +5,28 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import re
 import struct
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from infopt.errors import FetchError, human
-from infopt.io import hf, hub, names
+from infopt.io import hf, hub, is_saved, names
+
+if TYPE_CHECKING:
+    from infopt.model import Model
 
 
 def pull(args: argparse.Namespace) -> int:
     """Fetches models, and says where they are."""
     for name in args.names:
         path = names.follow(name).pull()
-        print(f"{name}: {human(_size(path))} in {path}")
+        licence = _card(path) if path.is_dir() else None  # a GGUF file's own is read with JAX: `show` tells it
+        print(f"{name}: {human(_size(path))} in {path}" + (f"; licence: {licence}" if licence else ""))
     return 0
 
 
@@ -116,37 +122,52 @@ def families_table() -> str:
 
 def show(args: argparse.Namespace) -> int:
     """Prints what a model is, without reading its weights."""
-    # They bring JAX, which the other commands do without.
-    import numpy as np
-
-    from infopt.io import open_checkpoint
-    from infopt.model import FAMILIES, Model, shapes
-    from infopt.transforms import cache_kv
+    from infopt.io import open_model  # it brings JAX, which the other commands do without
 
     path = names.locate(args.name, fetch=False)
-    checkpoint = open_checkpoint(path, "keep")
-    model = Model.of(FAMILIES[checkpoint.family], checkpoint.config)
-    parameters = sum(int(np.prod(shape)) for shape in shapes(model.spec).values())
-    config = {key: value for key, value in dataclasses.asdict(checkpoint.config).items() if value is not None}
-    tokenizer = checkpoint.tokenizer
+    model, _ = open_model(path, "keep")
+    c, tokenizer = model.spec.config, model.tokenizer
+    config = {key: value for key, value in dataclasses.asdict(c).items() if value is not None}
     stored = ", ".join(f"{kind} {human(size)} ({count})" for kind, (size, count) in _stored(path).items())
-    dense, packed = (cache_kv(bits)(model).token_bytes() for bits in (None, 8))
     lines = {
         "where": f"{path} ({human(_size(path))})",
-        "family": checkpoint.family,
+        "family": model.spec.family,
+        "stack": f"{model.recipe}, {'exact' if model.exact else 'not exact'}" if is_saved(path) else None,
         "licence": _licence(path) or "the files do not say",
-        "parameters": f"{parameters:,}",
-        "weights": f"{stored}: the type, the bytes and the number of tensors",
-        "context": f"{checkpoint.config.context:,} tokens",
-        "cache": f"{dense:,} bytes a token in float32, {packed:,} with cache_kv(bits=8)",
+        "parameters": _parameters(model),
+        "weights": f"{stored}: the type, the bytes and the number of weights",
+        "context": f"{c.context:,} tokens",
+        "cache": _token_bytes(model),
         "tokenizer": f"{tokenizer.vocab_size:,} tokens, ends a text at {list(tokenizer.eos_ids)}"
         if tokenizer
         else "none",
         "config": ", ".join(f"{key}={json.dumps(value)}" for key, value in config.items()),
     }
     for key, value in lines.items():
-        print(f"{key:<10}  {value}")
+        if value is not None:
+            print(f"{key:<10}  {value}")
     return 0
+
+
+def _parameters(model: Model) -> str:
+    from infopt.model import shapes
+
+    program = model.spec.program
+    own, draft = (
+        sum(math.prod(shape) for shape in shapes(spec).values()) if spec else 0
+        for spec in (model.spec, program and program.draft)
+    )
+    return f"{own:,}" + f", and {draft:,} of its draft" * (program is not None)
+
+
+def _token_bytes(model: Model) -> str:
+    """Cache bytes a token: the stack's own, or, where it has no cache yet, with one."""
+    from infopt.transforms import cache_kv
+
+    if model.spec.cache:
+        return f"{model.token_bytes():,} bytes a token"
+    dense, packed = (cache_kv(bits)(model).token_bytes() for bits in (None, 8))
+    return f"{dense:,} bytes a token in float32, {packed:,} with cache_kv(bits=8)"
 
 
 def _size(path: Path) -> int:
@@ -163,7 +184,12 @@ def _stored(path: Path) -> dict[str, tuple[int, int]]:
     def add(kind: str, size: int) -> None:
         out[kind] = (out.get(kind, (0, 0))[0] + size, out.get(kind, (0, 0))[1] + 1)
 
-    if path.is_dir():
+    if is_saved(path):
+        from infopt.io import saved
+
+        for kind, size in saved.open_stack(path, "keep").stored.values():
+            add(kind, size)
+    elif path.is_dir():
         index = path / hf.INDEX
         for file in hf.shards(index) if index.exists() else [hf.WEIGHTS]:
             for tensor in _safetensors_header(path / file).values():
@@ -187,12 +213,31 @@ def _safetensors_header(path: Path) -> dict[str, dict]:
 def _licence(path: Path) -> str | None:
     """What a GGUF file's metadata, or the card beside a folder's files, says."""
     if path.is_dir():
-        card = path / "README.md"
-        text = card.read_text(encoding="utf-8", errors="replace") if card.exists() else ""
-        front = re.match(r"---\n(.*?)\n---", text, re.S)
-        found = re.search(r"^license:[ \t]*['\"]?([\w.-]+)", front[1], re.M) if front else None
-        return found[1] if found else None
+        return _card(path)
     from infopt.io import gguf
 
     said = gguf.open_file(path).fields.get("general.license")
-    return said if isinstance(said, str) else None
+    return _printable(said) if isinstance(said, str) else None
+
+
+def _card(folder: Path) -> str | None:
+    """What the first lines of a folder's README.md say of its licence, or else the first line of its LICENSE."""
+    front = re.match(r"---\n(.*?)\n---", _beginning(folder / "README.md"), re.S)
+    said = dict(re.findall(r"^(license(?:_name)?):[ \t]*['\"]?([\w.+-]+)", front[1], re.M)) if front else {}
+    if found := said.get("license"):
+        return f"{found} ({said['license_name']})" if "license_name" in said else found
+    texts = [_beginning(folder / name).strip() for name in hf.CARDS[1:]]
+    return next((_printable(text.splitlines()[0]) for text in texts if text), None)
+
+
+def _beginning(path: Path) -> str:
+    try:
+        with open(path, "rb") as file:
+            return file.read(1 << 16).decode("utf-8", "replace").replace("\r\n", "\n")
+    except OSError:  # it is not there, or not for us to read: what it would have said is not worth an error
+        return ""
+
+
+def _printable(text: str) -> str:
+    """A stranger's words as a terminal may show them."""
+    return "".join(c if c.isprintable() else " " for c in text[:100]).strip()

@@ -15,7 +15,7 @@ import numpy as np
 from infopt import cache as kv
 from infopt import ops
 from infopt.cache import Layout, State
-from infopt.errors import InfoptError, ParamsError, PromptError, nearest
+from infopt.errors import InfoptError, ParamsError, PromptError, human, nearest
 from infopt.qtensor import Format, is_qtensor, quantize_array
 from infopt.sampling import Sampling, sample
 from infopt.spec import ROPE_SCALINGS, Config, Recipe, Spec, Speculation, Window
@@ -906,21 +906,13 @@ class Model:
         values = sum(int(np.prod(s)) for s in shapes(self.spec).values())
         if self.spec.program:
             values += sum(int(np.prod(s)) for s in shapes(self.spec.program.draft).values())
-        size = f"{self.weight_bytes() / values:.2f} bytes a weight ({_human(self.weight_bytes())}, dense in float32)"
-        cached = f"{_human(self.token_bytes())} a token" if self.spec.cache else "no cache"
+        size = f"{self.weight_bytes() / values:.2f} bytes a weight ({human(self.weight_bytes())}, dense in float32)"
+        cached = f"{human(self.token_bytes())} a token" if self.spec.cache else "no cache"
         c = self.spec.config
         return (
             f"{self.spec.family} {c.layers} x {c.dim} | {self.recipe}\n"
             f"  {size}, {cached}, {'exact' if self.exact else 'not exact'}"
         )
-
-
-def _human(n: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if n < 1000:
-            return f"{n:.4g} {unit}"
-        n /= 1000
-    return f"{n:.4g} GB"
 
 
 def _weight_bytes(spec: Spec) -> int:

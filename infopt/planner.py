@@ -24,15 +24,15 @@ from infopt import ops
 from infopt.cache import Layout, State
 from infopt.devices import Device
 from infopt.devices import device as find
-from infopt.errors import InfoptError, nearest
+from infopt.errors import InfoptError, human, nearest
 from infopt.generation import BUCKETS
-from infopt.io import open_checkpoint
+from infopt.io import open_model
 from infopt.io.checkpoint import DTYPES
-from infopt.model import FAMILIES, Model, build, check_length, context_limit, segments, shapes, window_groups
+from infopt.model import Model, build, check_length, context_limit, segments, shapes, window_groups
 from infopt.models import llama
 from infopt.qtensor import Format, is_qtensor, quantize_array
 from infopt.spec import Spec
-from infopt.transforms import cache_kv, parse_stack, quantize
+from infopt.transforms import cache_kv, quantize, stack_option
 from infopt.transforms.base import whole
 from infopt.typing import Params
 
@@ -474,10 +474,6 @@ _NOTE = (
 )
 
 
-def _size(n: float) -> str:
-    return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.2f} MB"
-
-
 def _rate(n: float) -> str:
     return f"{n:,.0f}" if n >= 100 else f"{n:.3g}"
 
@@ -488,7 +484,7 @@ def _bytes_table(p: Plan) -> str:
     lines = [p.stack, f"  batch {p.batch}, context {p.context}, {both}"]
 
     def line(title: str, size: int, what: str = "") -> None:
-        lines.append(f"  {title:<12} {_size(size):>10}  {what}".rstrip())
+        lines.append(f"  {title:<12} {human(size):>10}  {what}".rstrip())
 
     for title, parts in (("weights", a.weights), ("cache", a.cache)):
         for part in parts:
@@ -513,8 +509,8 @@ def _device_table(plans: list[Plan]) -> str:
     rows = [
         (
             p.device.name,
-            _size(p.device.memory),
-            _size(p.total),
+            human(p.device.memory),
+            human(p.total),
             "yes" if p.fits else "no",
             f"{p.largest_batch}",
             f"{p.largest_context}" + "+" * (p.largest_context == LONGEST),
@@ -588,8 +584,8 @@ def _common_table(rows: list[dict[str, Plan]], context: int, batch: int) -> str:
     cells = []
     for (size, form), plans in zip(labels, rows, strict=True):
         weights = sum(part.bytes for part in next(iter(plans.values())).account.weights)
-        fit = (f"{_rate(p.decode.tokens_per_second)} in {_size(p.total)}" if p.fits else "-" for p in plans.values())
-        cells.append((f"{size.name} {form}", _size(weights), *fit))
+        fit = (f"{_rate(p.decode.tokens_per_second)} in {human(p.total)}" if p.fits else "-" for p in plans.values())
+        cells.append((f"{size.name} {form}", human(weights), *fit))
     shapes_of = ", ".join(f"{size.name} {size.like}" for size in SIZES)
     return (
         f"batch {batch}, context {context}, keys and values in 16 bits; "
@@ -612,16 +608,15 @@ def main(args: argparse.Namespace) -> int:
             return 0
         print(_common_table(rows, context, args.batch))
         for d in devices:
-            print(f"  {d.name}: {d.title}, {_size(d.memory)}; {d.source}")
+            print(f"  {d.name}: {d.title}, {human(d.memory)}; {d.source}")
         print(_NOTE)
         return 0
-    stack = parse_stack("" if args.stack.strip() == "none" else args.stack)
-    found = open_checkpoint(args.model, args.dtype)
-    model = stack(Model.of(FAMILIES[found.family], found.config, None, tuple(found.formats.items())))
+    stack = stack_option(args.stack)
+    base, dtype = open_model(args.model, args.dtype)
+    model = stack(base)
     context = min(context_limit(model.spec) or 8192, 8192) if args.context is None else args.context
     plans = [
-        plan(model, device=d, context=context, batch=args.batch, dtype=args.dtype, kv_dtype=args.kv_dtype)
-        for d in devices
+        plan(model, device=d, context=context, batch=args.batch, dtype=dtype, kv_dtype=args.kv_dtype) for d in devices
     ]
     if args.json:
         print(json.dumps([json.loads(p.to_json()) for p in plans]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import io
 import json
 import os
@@ -15,15 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 import tokenizers
 from tokenizers import AddedToken, decoders, models
 
 import infopt as ip
 from infopt import cli
-from infopt.errors import PromptError, SamplingError
+from infopt.errors import InfoptError, PromptError, SamplingError
 from infopt.io.chat_template import ChatTemplate
 from infopt.io.tokenizer import Tokenizer
+from infopt.model import Weights
+from infopt.reference import reference
+from infopt.spec import oracle
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.content == 'refuse me' %}{{ raise_exception('no') }}{% endif %}"
@@ -121,6 +126,73 @@ def test_a_ring_goes_round_and_what_it_has_forgotten_is_read_again() -> None:
     assert chat.messages[-1]["content"] == fresh(model, params, chat.messages).text
 
 
+WRAPPING = {
+    "ring": "sliding_window(16, sinks=2) | cache_kv()",
+    "int8": "sliding_window(16, sinks=2) | cache_kv(bits=8)",
+    "paged": "sliding_window(16) | cache_kv() | paged(8)",
+    "one layer": "sliding_window(16, layers=[1]) | cache_kv()",
+    "speculative": f"sliding_window(16, sinks=2) | cache_kv() | {SPECULATIVE}",
+}
+
+
+LENGTH = 768
+"""Of the state, from the first turn on: one that grows begins a ring anew."""
+
+
+def rounds(chat: ip.Chat) -> float:
+    """How often the tokens of the conversation go round in the shortest of the state's rings."""
+    state = chat._held.state
+    assert state is not None
+    layouts = state.layouts[0] if chat.model.spec.program else state.layouts
+    return turn(chat).prompt_tokens / min(layout.slots for layout in layouts if layout.lookahead is not None)
+
+
+def answered_as_recomputed(chat: ip.Chat) -> None:
+    """The last answer's tokens and their log-probabilities are the oracle's: in numpy, no cache, all computed anew."""
+    spec, params, out = chat.model.spec, chat.params, turn(chat).generation
+    prompt, answer = ids(chat.messages[:-1]), list(out.tokens)
+    if spec.program is not None:
+        spec, params = spec.replace(program=None), params["target"]
+    logits = reference(oracle(spec), Weights.of(spec, params), np.asarray(prompt + answer))[len(prompt) - 1 : -1]
+    assert answer == logits.argmax(-1).tolist()
+    logprobs = logits.max(-1) - np.log(np.exp(logits).sum(-1))
+    # A key on a rounding's edge may go to the other side.
+    np.testing.assert_allclose(out.logprobs, logprobs, atol=(1e-4 if spec.kv is None else 3e-2) * logits.std(), rtol=0)
+
+
+@pytest.mark.parametrize("stack", WRAPPING.values(), ids=WRAPPING)
+def test_rings_go_round_over_several_turns_and_answer_as_the_oracle_does(stack: str) -> None:
+    chat = ip.Chat(*stacked(stack), SYSTEM, max_new=NEW, max_len=LENGTH, logprobs=True)
+    for n, more in enumerate((7, 7, 7, 14)):
+        text = f"{n} is the number of this question" + " and so on" * more
+        say(chat, text)
+        answered_as_recomputed(chat)
+        assert turn(chat).prefilled < len(text) + 2 * NEW  # each turn goes on with the ring of the one before
+    assert rounds(chat) > 3
+    chat.undo()
+    say(chat, "another end")
+    assert turn(chat).prefilled == turn(chat).prompt_tokens - 1  # more than a ring can take back
+    answered_as_recomputed(chat)
+
+
+SWITCHED = ("int8", "speculative", "one layer")
+
+
+@pytest.mark.parametrize("after", [*map(WRAPPING.get, SWITCHED), "cache_kv()"], ids=[*SWITCHED, "no window"])
+def test_a_switch_after_rings_have_gone_round_answers_as_the_oracle_does(after: str) -> None:
+    chat = ip.Chat(*stacked(WRAPPING["ring"]), max_new=NEW, max_len=LENGTH, logprobs=True)
+    for n in range(3):
+        say(chat, f"{n} is the number of this question" + " and so on" * 9)
+    assert rounds(chat) > 2
+    for stack, text in ((after, "And now? " * 6), (after, "Go on"), (WRAPPING["ring"], "And back? " * 6)):
+        anew = chat.model != stacked(stack)[0]
+        if anew:
+            chat.switch(*stacked(stack))
+        say(chat, text)
+        assert (turn(chat).prefilled == turn(chat).prompt_tokens - 1) == anew
+        answered_as_recomputed(chat)
+
+
 def test_a_state_grows_with_the_conversation() -> None:
     model, params = stacked("cache_kv()")
     chat = ip.Chat(model, params, max_new=NEW)
@@ -186,6 +258,29 @@ def test_messages_are_saved_as_json(tmp_path: Path) -> None:
     say(chat, "一")
     chat.save(tmp_path / "m.json")
     assert json.loads((tmp_path / "m.json").read_text(encoding="utf-8")) == chat.messages
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])
+@pytest.mark.parametrize("place", ["write_text", "replace"])
+def test_messages_that_cannot_be_saved_leave_the_file_as_it_was(
+    place: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat = ip.Chat(*stacked("cache_kv()"), SYSTEM)
+    chat.save(tmp_path / "m.json")
+    before, write = (tmp_path / "m.json").read_bytes(), Path.write_text
+
+    def refuse(path: Path, *args: Any, **kwargs: Any) -> None:
+        if place == "write_text":
+            write(path, "half")
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path if place == "write_text" else os, place, refuse)
+    chat.messages.append({"role": "user", "content": "more"})
+    with pytest.raises(InfoptError, match="could not be written") as caught:
+        chat.save(tmp_path / "m.json")
+    assert caught.value.why == os.strerror(number)
+    assert [path.name for path in tmp_path.iterdir()] == ["m.json"]
+    assert (tmp_path / "m.json").read_bytes() == before
 
 
 # --------------------------------------------------------------------------------------------------------- interruption
@@ -329,6 +424,24 @@ def test_a_mistake_costs_a_line_and_the_session_goes_on(line: str, said: str, ta
     code, out, err = talk(line, "Hello", "/stats")
     assert code == 2 and len(err) == 1 and said in err[0] and err[0].startswith("infopt: ")
     assert any(text.startswith("prefilled") for text in out)
+
+
+@pytest.mark.parametrize(
+    "stack", ["quantize(bits=8) | cache_kv(bits=8)", f"cache_kv() | {SPECULATIVE}", "quantize(bits=8)"]
+)
+def test_a_saved_stack_chats_as_it_was_saved_and_gets_a_cache_where_it_has_none(
+    stack: str, talk: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from infopt.io import saved
+
+    ip.save(tmp_path / "stack", *stacked(stack))
+    monkeypatch.setattr("infopt.io.load", lambda name, dtype: saved.load(tmp_path / "stack", dtype))
+    code, out, err = talk("Hello", "/stats", "/stack none", "/stats")
+    assert (code, err) == (0, [])
+    told = [line.partition(" | ")[2] for line in out if line.startswith("llama")]
+    assert told == [stack if "cache_kv" in stack else f"{stack} | cache_kv()", stack]
+    code, _, err = talk("Hello", arguments=("--stack", "cache_kv()"))  # asked for, it is not left out
+    assert (code, len(err)) == ((2, 1) if "cache_kv" in stack else (0, 0))
 
 
 def test_a_wrong_stack_is_told_before_the_model_is_read(talk: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from infopt import cli
+from infopt.errors import human
 from infopt.io import hf, hub
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -65,17 +66,17 @@ def fail(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 def test_pulled_model_is_listed_shown_and_removed(server: Any, capsys: pytest.CaptureFixture[str]) -> None:
     name, size = "hf:owner/tiny", sum(map(len, files("llama").values()))
-    assert run(capsys, "pull", name).startswith(f"{name}: {size / 1000:.1f} kB in {hf.cache_folder()}")
+    assert run(capsys, "pull", name).startswith(f"{name}: {human(size)} in {hf.cache_folder()}")
 
     head, *lines = run(capsys, "list").splitlines()
     assert head.split() == ["NAME", "SIZE", "MODIFIED", "WHERE"]
     (line,) = [line.split() for line in lines if line.startswith(name)]
-    assert line[1:3] == [f"{size / 1000:.1f}", "kB"]
+    assert line[1:3] == human(size).split()
     assert line[3] == time.strftime("%Y-%m-%d")
     assert Path(line[5]) == hf.cached(hf.Ref.parse(name))
 
     assert "family      llama" in run(capsys, "show", name)
-    assert run(capsys, "rm", name) == f"{name}: {size / 1000:.1f} kB freed\n"
+    assert run(capsys, "rm", name) == f"{name}: {human(size)} freed\n"
     assert name not in run(capsys, "list")
     assert "is not on this machine" in fail(capsys, "rm", name)
 
@@ -105,16 +106,74 @@ def test_show_says_what_the_file_says(server: Any, capsys: pytest.CaptureFixture
     assert shown["parameters"] == f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,}"
 
 
+@pytest.mark.parametrize(
+    ("cards", "licence"),
+    [
+        ({"README.md": "---\ntags: [x]\nlicense: apache-2.0\n---\nlicense: mit\n"}, "apache-2.0"),
+        ({"README.md": "---\r\nlicense: 'mit'\r\n---\r\n"}, "mit"),
+        ({"README.md": "---\nlicense: other\nlicense_name: llama3.1\n---\n"}, "other (llama3.1)"),
+        ({"README.md": "---\ntags: [x]\n---\n", "LICENSE": "\n  MIT License\n\nof 2020"}, "MIT License"),
+        ({"LICENSE.txt": "\x1b[2J" + "A" * 300}, "[2J" + "A" * 96),
+        ({"README.md": "license: mit", "LICENSE": " \n"}, None),
+        ({}, None),
+    ],
+    ids=["card", "other line ends", "a name of its own", "text", "hostile", "nothing said", "none"],
+)
+def test_licence_of_a_pulled_model_is_printed(
+    cards: dict[str, str], licence: str | None, server: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.put("owner/tiny", files("llama") | {name: text.encode() for name, text in cards.items()})
+    pulled = run(capsys, "pull", "hf:owner/tiny")
+    assert pulled.partition("; licence: ")[2] == (f"{licence}\n" if licence else "")
+    shown = dict(line.split(maxsplit=1) for line in run(capsys, "show", "hf:owner/tiny").splitlines())
+    assert shown["licence"] == (licence or "the files do not say")
+
+
 def test_show_counts_the_bytes_of_each_type(server: Any, capsys: pytest.CaptureFixture[str], smollm2: Path) -> None:
     from infopt.io import gguf
 
     shown = dict(line.split(maxsplit=1) for line in run(capsys, "show", str(smollm2)).splitlines())
-    assert shown["weights"].startswith("Q4_1 66.4 MB (210), Q8_0 30.1 MB (1), F32 140.5 kB (61)")
+    assert shown["weights"].startswith("Q4_1 66.4 MB (210), Q8_0 30.1 MB (1), F32 141 kB (61)")
     assert shown["licence"] == "apache-2.0"
     assert shown["parameters"] == "134,515,008"
     assert shown["tokenizer"] == "49,152 tokens, ends a text at [2]"
     tensors = gguf.open_file(smollm2).tensors.values()
     assert sum(tensor.rows.nbytes for tensor in tensors) < smollm2.stat().st_size
+
+
+SAVED = {
+    "gqa(1) | quantize(bits=8, where='*.mlp.*') | cache_kv(bits=8)": ["int8 ", "float32 "],
+    "cache_kv() | speculative(draft=self_draft(quantize(bits=4, group=16)), k=2)": ["float32 ", "int4 "],
+    "sliding_window(8)": ["float32 "],
+}
+
+
+@pytest.mark.parametrize("stack", SAVED)
+def test_show_says_what_a_saved_stack_is_without_its_arrays(
+    stack: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import jax
+
+    import infopt as ip
+    from infopt.io.checkpoint import LazyWeights
+
+    model = ip.parse_stack(stack)(ip.models.llama(layers=2, dim=32, heads=2, kv_heads=2, head_dim=16, mlp=32, vocab=61))
+    params = model.init(jax.random.key(0))
+    ip.save(tmp_path / "stack", model, params)
+    monkeypatch.setattr(LazyWeights, "__getitem__", lambda self, key: pytest.fail(f"{key} was read"))
+    shown = dict(line.split(maxsplit=1) for line in run(capsys, "show", str(tmp_path / "stack")).splitlines())
+    assert shown["stack"] == f"{model.recipe}, {'exact' if model.exact else 'not exact'}"
+    assert shown["family"] == "llama" and "layers=2" in shown["config"]
+    cached = model if model.spec.cache else ip.cache_kv()(model)
+    assert shown["cache"].startswith(f"{cached.token_bytes():,} bytes a token")
+    listed, _, _ = shown["weights"].partition(":")
+    kinds = {kind for kind in SAVED[stack] if kind in f"{listed} "}
+    assert kinds == {*SAVED[stack]}
+    assert ("of its draft" in shown["parameters"]) == ("speculative" in stack)
+    from infopt.io import saved
+
+    stored = saved.open_stack(tmp_path / "stack", "keep").stored
+    assert sum(size for _, size in stored.values()) == sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 
 
 def test_show_fetches_nothing(server: Any, capsys: pytest.CaptureFixture[str]) -> None:

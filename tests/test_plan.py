@@ -16,8 +16,10 @@ import infopt as ip
 from infopt import cli, devices, planner
 from infopt.devices import DEVICES, Device, device
 from infopt.errors import InfoptError, PromptError
+from infopt.io import open_checkpoint
 from infopt.io.checkpoint import LazyWeights
-from infopt.model import assemble, build
+from infopt.model import FAMILIES, assemble, build
+from infopt.qtensor import is_qtensor
 from infopt.sampling import Sampling
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -374,12 +376,38 @@ def test_the_command_plans_what_load_would_load(command: Any) -> None:
     )
 
 
+@pytest.mark.parametrize("stack", ["quantize(bits=4, group=16) | cache_kv(bits=8)", "gqa(1)", *STACKS[-1:]])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_command_plans_a_saved_stack_as_it_was_saved(
+    stack: str, dtype: str, command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = ip.parse_stack(stack)(SMALL["llama"])
+    params = model.init(jax.random.key(0))
+
+    def narrowed(x: Any) -> Any:
+        return x if is_qtensor(x) else x.astype(dtype)
+
+    ip.save(tmp_path / "stack", model, jax.tree.map(narrowed, params, is_leaf=is_qtensor))
+    monkeypatch.setattr(LazyWeights, "__getitem__", lambda self, key: pytest.fail(f"{key} was read"))
+    code, out, err = command(str(tmp_path / "stack"), "--context", "32", "--device", "h100", "--json")
+    assert (code, err) == (0, "")
+    monkeypatch.undo()
+    loaded, loaded_params = ip.load(tmp_path / "stack")
+    loaded = loaded if loaded.spec.cache else ip.cache_kv()(loaded)
+    (record,) = json.loads(out)
+    assert record["stack"] == repr(loaded).splitlines()[0]
+    assert sum(part["bytes"] for part in record["account"]["weights"]) == live(loaded_params)
+    assert sum(part["bytes"] for part in record["account"]["cache"]) == live(loaded.init_state(1, 32).kv)
+    code, _, err = command(str(tmp_path / "stack"), "--dtype", "float16")
+    assert code == cli.USAGE and "keep the types in which they were saved" in err and err.count("\n") == 1
+
+
 def test_without_a_model_the_command_says_which_common_sizes_fit(command: Any) -> None:
     code, out, _ = command("--device", "h100,rtx4090", "--context", "4096")
     rows = {tuple(line.split()[:2]): line for line in out.splitlines() if line.strip()[:1].isdigit()}
     assert code == 0 and len(rows) == len(planner.SIZES) * len(planner.FORMS)
     assert rows["70B", "fp16"].split()[-2:] == ["-", "-"]  # 141 GB
-    assert rows["8B", "fp16"].count(" in ") == 2 and "16.06 GB" in rows["8B", "fp16"]
+    assert rows["8B", "fp16"].count(" in ") == 2 and "16.1 GB" in rows["8B", "fp16"]
     assert rows["32B", "int4"].count(" in ") == 1  # on the H100 alone
     assert rows["1B", "int4"].count(" in ") == 2
 
@@ -416,7 +444,7 @@ def test_the_planner_is_found_whatever_is_imported_first() -> None:
 
 
 def test_assemble_and_the_shapes_agree_on_a_loaded_checkpoint() -> None:
-    checkpoint = planner.open_checkpoint(str(FIXTURES / "gemma3"), "float16")
-    model = ip.Model.of(planner.FAMILIES[checkpoint.family], checkpoint.config)
+    checkpoint = open_checkpoint(str(FIXTURES / "gemma3"), "float16")
+    model = ip.Model.of(FAMILIES[checkpoint.family], checkpoint.config)
     params = assemble(model.spec, checkpoint.weights)
     assert live(params) == planner.nbytes(planner.abstract_params(model.spec, jnp.float16))

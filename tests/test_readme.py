@@ -5,12 +5,26 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from infopt.library import families_table
+import pytest
+
+from infopt import cli
+from infopt.io import gguf, huggingface
+from infopt.model import FAMILIES
 
 README = Path(__file__).parents[1] / "README.md"
 
 
-def test_the_table_of_families_is_the_registrys() -> None:
-    block = re.search(r"<!-- families: .*? -->\n(.*?)\n<!-- /families -->", README.read_text("utf-8"), re.S)
+def test_the_table_of_families_is_the_registrys(capsys: pytest.CaptureFixture[str]) -> None:
+    block = re.search(r"<!-- families: .*? -->\n(.*?)<!-- /families -->", README.read_text("utf-8"), re.S)
     assert block is not None
-    assert block[1] == families_table(), "infopt families prints what belongs there"
+    assert cli.main(["families"]) == 0
+    assert block[1] == capsys.readouterr().out, "infopt families prints what belongs there"
+
+
+def test_the_table_leaves_no_family_and_no_format_out(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["families"])
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[2:]]
+    own = {name for name, family in FAMILIES.items() if family.block.__module__.startswith("infopt.models.")}
+    assert {row[0] for row in rows} == own
+    assert {kind for row in rows for kind in re.findall("`(.*?)`", row[2])} == {*huggingface.MODEL_TYPES}
+    assert {arch for row in rows for arch in re.findall("`(.*?)`", row[3])} == {*gguf.CONFIGS}

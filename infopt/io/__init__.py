@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from infopt.model import Model
     from infopt.typing import Params
 
-__all__ = ["load", "open_checkpoint"]
+__all__ = ["load", "open_checkpoint", "open_model"]
 
 
 def load(name_or_path: str | Path, dtype: str = "float32", context: int | None = None) -> tuple[Model, Params]:
@@ -45,10 +45,10 @@ def load(name_or_path: str | Path, dtype: str = "float32", context: int | None =
       fix: check the path; for a model by name write infopt.load("smollm2-135m")
     """
     from infopt.io import names
-    from infopt.model import FAMILIES, Model, assemble
+    from infopt.model import assemble
 
     path = names.locate(name_or_path)
-    if (path / "stack.json").is_file():
+    if is_saved(path):
         from infopt.io import saved
 
         if context is not None:
@@ -59,10 +59,42 @@ def load(name_or_path: str | Path, dtype: str = "float32", context: int | None =
             )
         return saved.load(path, dtype)
     checkpoint = open_checkpoint(path, dtype, context)
-    model = Model.of(
-        FAMILIES[checkpoint.family], checkpoint.config, checkpoint.tokenizer, tuple(checkpoint.formats.items())
-    )
+    model = _model_of(checkpoint)
     return model, assemble(model.spec, checkpoint.weights)
+
+
+def open_model(name_or_path: str | Path, dtype: str = "float32", fetch: bool = True) -> tuple[Model, str]:
+    """What `load` would give without its params, and the type that their dense weights would have. Reads no weights.
+
+    Args:
+      name_or_path, dtype: as for `load`.
+      fetch: whether a model that is not on this machine is fetched.
+
+    Raises:
+      CheckpointError, FetchError: as for `load`.
+    """
+    from infopt.io import names
+    from infopt.io.checkpoint import DTYPES
+
+    path = names.locate(name_or_path, fetch)
+    if is_saved(path):
+        from infopt.io import saved
+
+        opened = saved.open_stack(path, dtype)
+        return opened.model, opened.dtype
+    return _model_of(open_checkpoint(path, dtype)), str(DTYPES[dtype])
+
+
+def is_saved(path: Path) -> bool:
+    """Whether a folder is one that `infopt.save` wrote."""
+    return (path / "stack.json").is_file()
+
+
+def _model_of(checkpoint: Checkpoint) -> Model:
+    from infopt.model import FAMILIES, Model
+
+    formats = tuple(checkpoint.formats.items())
+    return Model.of(FAMILIES[checkpoint.family], checkpoint.config, checkpoint.tokenizer, formats)
 
 
 def open_checkpoint(

@@ -13,14 +13,14 @@ import mmap
 import re
 import struct
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, quants
 
-from infopt.errors import CheckpointError, nearest
+from infopt.errors import CheckpointError
 from infopt.io.chat_template import read_template
 from infopt.io.checkpoint import (
     DTYPES,
@@ -37,6 +37,7 @@ from infopt.io.checkpoint import (
     shown,
 )
 from infopt.io.tokenizer import SPLITTINGS, Tokenizer
+from infopt.io.unknown import Candidate, unknown_architecture
 from infopt.model import FAMILIES, Model, aligned_empty, shapes
 from infopt.models import (
     Gemma2Config,
@@ -624,6 +625,28 @@ def _packed(t: Tensor, order: np.ndarray | None = None) -> QTensor:
     return QTensor(codes, parts[0], parts[1] if fmt.row.minimum else None, fmt, t.shape[-2:])
 
 
+def _unknown(f: File, arch: str) -> CheckpointError:
+    """The error that names the nearest known architecture and what differs."""
+
+    def candidate(known: str) -> Candidate:
+        own = {key: value for key, value in f.fields.items() if key.startswith(f"{arch}.")}
+        rest = {key: value for key, value in f.fields.items() if key not in own}
+        renamed = {f"{known}.{key.removeprefix(f'{arch}.')}": value for key, value in own.items()}
+        read = CONFIGS[known]
+        return Candidate(
+            rest | renamed, lambda values: read(File(f.name, values, f.tensors), None), f"{known}.", f.name
+        )
+
+    def names(found: tuple[str, Config]) -> tuple[Iterable[str], Iterable[str]]:
+        family, config = found
+        check_layers(f.name, config.layers, len(f.tensors), getattr(config, "experts", 0))
+        expected = shapes(Model.of(FAMILIES[family], config).spec)
+        wanted = file_shapes({name: source(family, config, name) for name in expected}, expected)
+        return wanted, [name for name in f.tensors if name not in (ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS)]
+
+    return unknown_architecture(f.name, arch, {known: candidate(known) for known in CONFIGS}, names)
+
+
 def open_checkpoint(path: Path, dtype: str, context: int | None = None) -> Checkpoint:
     """Open a GGUF file: all is checked here; the weights are read when they are asked for.
 
@@ -638,11 +661,7 @@ def open_checkpoint(path: Path, dtype: str, context: int | None = None) -> Check
     f = open_file(path)
     arch = f.get("general.architecture", str)
     if arch not in CONFIGS:
-        raise CheckpointError(
-            f"{f.name} is of an architecture that is not computed here: {arch!r}.",
-            why=nearest(arch, list(CONFIGS)),
-            fix="use a model of a known one, or define the family with ip.define",
-        )
+        raise _unknown(f, arch)
     family, found = CONFIGS[arch](f, context)
     config: Any = found
     expected = shapes(Model.of(FAMILIES[family], config).spec)

@@ -41,9 +41,12 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SMALL = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
-    "chat_template.json", INDEX,
+    "chat_template.json", "additional_chat_templates/default.jinja", "additional_chat_templates/tool_use.jinja", INDEX,
 )  # fmt: skip
 """What a folder of safetensors is read with; no code, and no weights of other libraries."""
+CARDS = ("README.md", "LICENSE", "LICENSE.md", "LICENSE.txt")
+"""What says under which licence the weights are."""
+LARGEST_CARD = 1 << 20  # bytes; a larger one is left where it is
 
 CACHE_VARIABLE = "HF_HUB_CACHE"
 
@@ -261,8 +264,8 @@ def _scan() -> HFCacheInfo | None:
 def pull(ref: Ref) -> Path:
     """Fetches what of a model is not here yet, or not as the hub has it now.
 
-    Only what is read is fetched: config, tokenizer and safetensors; or one GGUF file, with the parts it is split into.
-    The revision is noted last, when all files are whole: a half-fetched model is not found by `cached`.
+    Only what is read is fetched: config, tokenizer, licence and safetensors; or one GGUF file, with the parts it is
+    split into. The revision is noted last, when all files are whole: a half-fetched model is not found by `cached`.
 
     Returns:
       The model's folder in the hub's cache, or the GGUF file in it.
@@ -316,7 +319,8 @@ def _needed(ref: Ref, commit: str, listed: Mapping[str, _File]) -> tuple[list[st
         if INDEX in listed:
             _fetch(ref, commit, listed[INDEX])
             weights = shards(ref.folder / "snapshots" / commit / INDEX)
-        files, target = [file for file in SMALL if file in listed] + weights, ""
+        cards = [file for file in CARDS if file in listed and listed[file].size <= LARGEST_CARD]
+        files, target = [file for file in SMALL if file in listed] + cards + weights, ""
     elif not ref.file and len(ggufs) > 1:
         raise _several(ref, ggufs, "are in it")
     elif not ref.file and not ggufs:

@@ -10,14 +10,14 @@ import os
 import re
 import typing
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from infopt.errors import CheckpointError, nearest
+from infopt.errors import CheckpointError
 from infopt.io.chat_template import MAX_SOURCE, ChatTemplate, read_template
 from infopt.io.checkpoint import (
     DTYPES,
@@ -35,6 +35,7 @@ from infopt.io.checkpoint import (
     shown,
 )
 from infopt.io.tokenizer import Tokenizer
+from infopt.io.unknown import Asked, Candidate, unknown_architecture
 from infopt.model import FAMILIES, Model, aligned_empty, shapes
 from infopt.models import (
     Gemma2Config,
@@ -87,7 +88,7 @@ class _Json:
 
     def default(self, **values: Any) -> _Json:
         """The same, with values for keys that are absent or null."""
-        return _Json(self.where, values | {k: v for k, v in self.values.items() if v is not None})
+        return _Json(self.where, self.values | {k: v for k, v in values.items() if self.values.get(k) is None})
 
     def part(self, key: str) -> _Json:
         return _Json(f"{self.where}: {key}", self.get(key, dict, {}))
@@ -834,6 +835,32 @@ def _equal(a: Any, b: Any) -> bool:
     return shape == tuple(b.get_shape()) and all(np.array_equal(a[part], b[part]) for part in row_chunks(shape))
 
 
+def _unknown(folder: Path, settings: _Json, kind: str) -> CheckpointError:
+    """The error that names the nearest known architecture and what differs."""
+
+    def reader(known: str) -> Callable[[Asked], tuple[str, Config]]:
+        return lambda values: (MODEL_TYPES[known], _read_config(_Json(settings.where, values), known, None))
+
+    def names(found: tuple[str, Config]) -> tuple[Iterable[str], Iterable[str]]:
+        family, config = found
+        there = _open_shards(folder)
+        check_layers(str(folder), config.layers, len(there), getattr(config, "experts", 0))
+        expected = shapes(Model.of(FAMILIES[family], config).spec)
+        wanted = file_shapes(PUBLISHED[family].sources(expected, ""), expected)
+        bare = (re.sub(r"^((transformer|model|language_model)\.)+", "", name) for name in there)
+        return wanted, [name for name in bare if not name.endswith("rotary_emb.inv_freq")]
+
+    candidates = {known: Candidate(settings.values, reader(known), where=settings.where) for known in MODEL_TYPES}
+    return unknown_architecture(str(folder), kind, candidates, names)
+
+
+def _read_config(settings: _Json, kind: str, context: int | None) -> Config:
+    """The config of a known architecture, which may be a part of a larger one."""
+    row = PUBLISHED[MODEL_TYPES[kind]]
+    text = settings if kind == row.model_type else _Json(settings.where, settings.get("text_config", dict))
+    return row.read(text, context)
+
+
 def open_checkpoint(folder: Path, dtype: str, context: int | None = None) -> Checkpoint:
     """Open a Hugging Face folder: all is checked here; the weights are read when they are asked for.
 
@@ -857,11 +884,7 @@ def open_checkpoint(folder: Path, dtype: str, context: int | None = None) -> Che
     settings = _read_json(folder / "config.json")
     kind = settings.get("model_type", str)
     if kind not in MODEL_TYPES:
-        raise CheckpointError(
-            f"{folder} is of an architecture that is not computed here: {kind!r:.60}.",
-            why=nearest(kind[:60], list(MODEL_TYPES)),
-            fix="use a model of a known one, or define the family with ip.define",
-        )
+        raise _unknown(folder, settings, kind)
     if settings.values.get("quantization_config"):
         raise CheckpointError(
             f"{settings.where}: the weights are quantised (quantization_config).",
@@ -870,8 +893,7 @@ def open_checkpoint(folder: Path, dtype: str, context: int | None = None) -> Che
         )
     family = MODEL_TYPES[kind]
     row = PUBLISHED[family]
-    text = settings if kind == row.model_type else _Json(settings.where, settings.get("text_config", dict))
-    config: Any = row.read(text, context)
+    config: Any = _read_config(settings, kind, context)
     tensors = _open_shards(folder)
     check_layers(str(folder), config.layers, len(tensors), getattr(config, "experts", 0))
     prefix = next((p for p in row.prefixes if f"{p}{row.top['embed']}.weight" in tensors), row.prefixes[0])
@@ -933,18 +955,18 @@ def _tokenizer(folder: Path, settings: _Json) -> Tokenizer | None:
 
 
 def _template(folder: Path) -> ChatTemplate | None:
-    """A file of its own comes before what tokenizer_config.json says."""
+    """Files of their own come before what tokenizer_config.json says: as in transformers, in place of all of it."""
     path, values = folder / "tokenizer_config.json", {}
     if path.exists():
         values = _read_json(path).values
     named = {k: v["content"] if isinstance(v, dict) and "content" in v else v for k, v in values.items()}
     special = {k: v for k, v in named.items() if k.endswith("_token") and isinstance(v, str)}
-    text: Any = values.get("chat_template")
-    if (own := folder / "chat_template.jinja").exists():
-        text = {"default": _read_template(own)}
-        if (tool_use := folder / "additional_chat_templates" / "tool_use.jinja").exists():
-            text["tool_use"] = _read_template(tool_use)
-    return read_template(text, special, str(folder))
+    places = [("default", folder / "chat_template.jinja")]
+    places += [(name, folder / "additional_chat_templates" / f"{name}.jinja") for name in ("default", "tool_use")]
+    own = {name: _read_template(place) for name, place in places if place.exists()}
+    if own and "default" not in own:
+        return None  # transformers renders nothing then, but where there are tools
+    return read_template(own or values.get("chat_template"), special, str(folder))
 
 
 def _read_template(path: Path) -> str:

@@ -218,8 +218,15 @@ def locate(name_or_path: str | Path, fetch: bool = True) -> Path:
     name = str(name_or_path)
     if not name.startswith(hf.PREFIX):
         path = Path(os.path.expanduser(name))
-        if path.exists():
-            return path
+        try:
+            if path.exists():
+                return path
+        except OSError as error:  # a folder on the way is closed to us, or the name is longer than names can be
+            raise CheckpointError(
+                f"it cannot be told whether there is a file or folder {name!r:.100}.",
+                why=error.strerror or str(error),
+                fix="check the path, and the permissions of the folders that it leads through",
+            ) from error
         if looks_like_path(name):
             raise CheckpointError(
                 f"there is no file or folder {name!r}.",

@@ -41,7 +41,7 @@ from infopt.io.chat_template import ChatTemplate
 from infopt.io.checkpoint import LazyWeights, check_layers
 from infopt.io.tokenizer import Tokenizer
 from infopt.model import Model, Weights, assemble, check_params, shapes, spec_from_json
-from infopt.qtensor import QTensor
+from infopt.qtensor import Format, QTensor
 from infopt.spec import Recipe, Spec
 from infopt.typing import Params
 
@@ -139,8 +139,32 @@ def _replace(new: Path, folder: Path, data: str) -> None:
         raise
 
 
-def load(folder: Path, dtype: str) -> tuple[Model, Params]:
-    """A stack that `save` wrote, and its params as they were saved.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Opened:
+    """A saved stack whose arrays are checked, and not read.
+
+    Args:
+      model: the stack.
+      arrays: the folder of its arrays.
+      stored: of each weight, its type (where it is packed, its format's name) and its bytes on the disk.
+      checksums: of each array, by name; None where an older version saved it.
+    """
+
+    model: Model
+    arrays: Path
+    stored: dict[str, tuple[str, int]]
+    checksums: dict[str, str] | None
+
+    @property
+    def dtype(self) -> str:
+        """The type of dense weights when they are loaded; of several types, the widest."""
+        formats = {fmt.name for fmt in _formats(self.model.spec).values()}
+        kinds = {jax.dtypes.canonicalize_dtype(kind) for kind, _ in self.stored.values() if kind not in formats}
+        return str(max(kinds, key=lambda kind: kind.itemsize, default=np.dtype(np.float32)))
+
+
+def open_stack(folder: Path, dtype: str) -> Opened:
+    """A stack that `save` wrote, without its params: all that `load` checks is checked here.
 
     Args:
       folder: the saved stack.
@@ -161,14 +185,21 @@ def load(folder: Path, dtype: str) -> tuple[Model, Params]:
     _check_folder(data / "arrays", folder)
     spec = _read_spec(folder, header["spec"], len(os.listdir(data / "arrays")))
     model = Model(spec, Recipe(header["recipe"]), _read_tokenizer(data, header), restored_exact=header["exact"])
-    _check_arrays(data / "arrays", spec)
-    sums = header["checksums"]
-    weights = _SavedWeights(data / "arrays", sums, spec)
+    return Opened(model, data / "arrays", _check_arrays(data / "arrays", spec), header["checksums"])
+
+
+def load(folder: Path, dtype: str) -> tuple[Model, Params]:
+    """A stack that `save` wrote, and its params as they were saved. Takes and raises what `open_stack` does."""
+    opened = open_stack(folder, dtype)
+    model, spec = opened.model, opened.model.spec
+    weights = _SavedWeights(opened.arrays, opened.checksums, spec)
     if spec.program is None:
         return model, assemble(spec, weights)
     return model, {
         "target": assemble(spec.replace(program=None), weights),
-        "draft": assemble(spec.program.draft, _SavedWeights(data / "arrays", sums, spec.program.draft, "draft.")),
+        "draft": assemble(
+            spec.program.draft, _SavedWeights(opened.arrays, opened.checksums, spec.program.draft, "draft.")
+        ),
     }
 
 
@@ -506,12 +537,21 @@ def _put(tree: dict[str, Any], leaf: _Leaf, x: Any) -> None:
         tree[leaf.weight] = x
 
 
-def _check_arrays(folder: Path, spec: Spec) -> None:
-    """Raise unless each array is on disk, in the size that the Spec gives it."""
-    leaves = list(_leaves(spec))
+def _formats(spec: Spec) -> dict[str, Format]:
+    """The format of each packed weight, a draft's too."""
+    own = dict(spec.weights)
+    return own if spec.program is None else own | {f"draft.{n}": f for n, f in spec.program.draft.weights}
+
+
+def _check_arrays(folder: Path, spec: Spec) -> dict[str, tuple[str, int]]:
+    """Raise unless each array is on disk, in the size that the Spec gives it; what `Opened.stored` says."""
+    leaves, formats, stored = list(_leaves(spec)), _formats(spec), dict[str, tuple[str, int]]()
     _check_tree(folder, leaves)
     for leaf in leaves:
-        _check_array(folder, leaf)
+        kind, size = _check_array(folder, leaf)
+        fmt, (_, before) = formats.get(leaf.weight), stored.get(leaf.weight, ("", 0))
+        stored[leaf.weight] = (fmt.name if fmt else kind, before + size)
+    return stored
 
 
 def _check_tree(folder: Path, leaves: list[_Leaf]) -> None:
@@ -534,8 +574,8 @@ def _check_tree(folder: Path, leaves: list[_Leaf]) -> None:
         raise _damaged(folder.parent.parent, "its arrays are stored in another way than save writes")
 
 
-def _check_array(folder: Path, leaf: _Leaf) -> None:
-    """Raise unless an array has the Spec's shape and a known type, and its file that very size."""
+def _check_array(folder: Path, leaf: _Leaf) -> tuple[str, int]:
+    """Its type and bytes; raises unless it has the Spec's shape and a known type, and its file that very size."""
     stack, place = folder.parent.parent, folder / leaf.file_name
     _check_folder(place, stack)
     table = _read_json(place / ".zarray")
@@ -549,6 +589,7 @@ def _check_array(folder: Path, leaf: _Leaf) -> None:
     bytes_ = math.prod(shape) * np.dtype(leaf.dtypes[kind]).itemsize
     if (size := _size(place / (".".join("0" * len(shape)) or "0"), stack)) != bytes_:
         raise _damaged(stack, f"{leaf.file_name} has {size} bytes, not {bytes_}")
+    return leaf.dtypes[kind], bytes_
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from infopt.transforms.cache_kv import cache_kv
 from infopt.transforms.dequantize import dequantize
 from infopt.transforms.gqa import gqa
 from infopt.transforms.paged import paged
-from infopt.transforms.parse import parse_stack
+from infopt.transforms.parse import parse_stack, stack_option
 from infopt.transforms.quantize import quantize
 from infopt.transforms.sliding_window import sliding_window
 from infopt.transforms.speculative import self_draft, speculative
@@ -22,4 +22,5 @@ __all__ = [
     "self_draft",
     "sliding_window",
     "speculative",
+    "stack_option",
 ]

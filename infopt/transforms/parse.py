@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from infopt.errors import StackSyntaxError, nearest
+from infopt.model import Model
 from infopt.transforms.base import Transform, compose
 from infopt.transforms.cache_kv import cache_kv
 from infopt.transforms.dequantize import dequantize
@@ -21,6 +22,9 @@ FACTORIES: dict[str, Callable[..., Any]] = {
     f.__name__: f for f in (quantize, dequantize, cache_kv, gqa, sliding_window, paged, speculative, self_draft)
 }
 """What a stack's text may name. A transform joins by one line here."""
+
+DEFAULT = "cache_kv()"
+"""What a command applies where it is told no stack, and the model has no cache yet (a saved stack may)."""
 
 _EXAMPLE = "quantize(bits=8) | cache_kv()"
 
@@ -74,6 +78,26 @@ def parse_stack(text: str) -> Transform:
             fix=f"transforms joined by |, as in {_EXAMPLE!r}",
         )
     return result
+
+
+def stack_option(text: str | None) -> Callable[[Model], Model]:
+    """What the option `--stack` makes of a model; parsed at once, so that a mistake is told before a model is read.
+
+    Args:
+      text: as for `parse_stack`; "none" or "" leaves the model as it is, and None is `DEFAULT` where it has no cache.
+
+    Raises:
+      StackSyntaxError: as `parse_stack`.
+
+    >>> import infopt as ip
+    >>> cached = stack_option(None)(ip.models.llama())
+    >>> cached.spec.cache, stack_option(None)(cached) is cached
+    (True, True)
+    """
+    if text is not None and text.strip() in ("", "none"):
+        return lambda model: model
+    stack = parse_stack(DEFAULT if text is None else text)
+    return lambda model: model if text is None and model.spec.cache else stack(model)
 
 
 def _read(node: ast.expr) -> Any:

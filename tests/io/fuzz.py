@@ -782,14 +782,14 @@ def judge_folder(found: Any, config: bytes, blobs: list[bytes], dtype: str) -> N
     tensors: dict[str, np.ndarray] = {}
     for blob in blobs:
         tensors |= parse_safetensors(blob)
-    first = "wte" if family == "gpt2" else "embed_tokens"
-    prefixes = ("transformer.", "") if family == "gpt2" else huggingface.PREFIXES
-    prefix = next(p for p in prefixes if f"{p}{first}.weight" in tensors)
+    row = huggingface.PUBLISHED[family]
+    prefix = next(p for p in row.prefixes if f"{p}{row.top['embed']}.weight" in tensors)
     kind = np.dtype({"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}.get(dtype, np.float32))
     every, shapes = leaves(model, params), shapes_of(model)
     require(set(every) == set(shapes), "the weights are not the config's")
+    sources = row.sources(shapes, prefix)
     for name, x in every.items():
-        source = huggingface.source(family, c, name, shapes[name], prefix, "lm_head.weight")
+        source = sources[name]
         many = [tensors[file] for file in source.files]
         want = many[0] if len(many) == 1 and len(shapes[name]) < 3 else np.stack(many)
         want = want.T if source.transposed else want

@@ -94,6 +94,11 @@ def test_a_template_in_a_file_of_its_own_comes_first(tmp_path: Path) -> None:
     assert read(path).chat(HELLO, tools=[{"name": "f"}]) == "tools"
 
 
+def test_a_folder_with_a_template_for_tools_alone_loads_and_has_none(tmp_path: Path) -> None:
+    path = folder(tmp_path, {"chat_template": "old"}, additional_chat_templates__tool_use="tools")
+    assert read(path).template is None
+
+
 def test_templates_by_name_are_chosen_by_whether_there_are_tools(tmp_path: Path) -> None:
     named = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "{{ tools | length }}"}]
     tokenizer = read(folder(tmp_path, {"chat_template": named}))

@@ -368,7 +368,7 @@ def test_other_version_and_byte_order_are_refused(version: bytes, said: str, tmp
 def test_unknown_architecture_names_the_nearest(llama_gguf: Callable, tmp_path: Path) -> None:
     gguf = llama_gguf()
     gguf.arch = "llama4"
-    refused(gguf.write(tmp_path / "m.gguf"), "'llama4'", "did you mean 'llama'?")
+    refused(gguf.write(tmp_path / "m.gguf"), "'llama4'", "nearest known one is 'llama'")
 
 
 def test_missing_tensor_is_refused(llama_gguf: Callable, tmp_path: Path) -> None:

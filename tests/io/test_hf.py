@@ -22,6 +22,7 @@ from huggingface_hub import constants, file_download
 import infopt as ip
 from infopt.errors import FetchError
 from infopt.io import hf, names
+from infopt.io.tokenizer import Tokenizer
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 REPO, NAME = "owner/tiny", "hf:owner/tiny"
@@ -117,8 +118,42 @@ def test_load_fetches_what_is_read_and_nothing_else(hub: Any) -> None:
     np.testing.assert_array_equal(model.apply(params, tokens)[0], expected.apply(wanted, tokens)[0])
     place = cached()
     assert place is not None
-    assert sorted(path.name for path in place.iterdir()) == ["config.json", "model.safetensors"]
-    assert sorted({*hub.paths()}) == [API, "config.json", "model.safetensors"]
+    assert sorted(path.name for path in place.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    assert sorted({*hub.paths()}) == [API, "README.md", "config.json", "model.safetensors"]
+
+
+def test_card_larger_than_any_is_left_where_it_is(hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hf, "LARGEST_CARD", 10)
+    hub.put(REPO, folder("llama") | {"README.md": b"x" * 11, "LICENSE": b"y" * 10})
+    pull()
+    assert "LICENSE" in hub.paths() and "README.md" not in hub.paths()
+
+
+PLAIN, TOOLS, OLD = "{{ messages[0].content }}", "{{ tools | length }} tools", "old"
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"chat_template.jinja": PLAIN}, ["Hi", "Hi"]),
+        ({"chat_template.jinja": PLAIN, "additional_chat_templates/tool_use.jinja": TOOLS}, ["Hi", "1 tools"]),
+        ({"chat_template.jinja": OLD, "additional_chat_templates/default.jinja": PLAIN}, ["Hi", "Hi"]),
+        ({"chat_template.jinja": PLAIN, "additional_chat_templates/rag.jinja": OLD}, ["Hi", "Hi"]),
+        ({}, [OLD, "old tools"]),
+    ],
+    ids=["one", "named", "named default", "other name", "in tokenizer_config.json"],
+)
+def test_named_chat_templates_are_fetched_and_chosen_as_transformers_does(
+    files: dict[str, str], said: list[str], hub: Any
+) -> None:
+    tokenizer = Tokenizer.from_tables(["a", "<s>"], [], [1, 3], "gpt-2").backend.to_str()
+    named = [{"name": "default", "template": OLD}, {"name": "tool_use", "template": "old tools"}]
+    files = {"tokenizer.json": tokenizer, "tokenizer_config.json": json.dumps({"chat_template": named})} | files
+    hub.put(REPO, folder("llama") | {name: text.encode() for name, text in files.items()})
+    model, _ = ip.load(NAME)
+    messages = [{"role": "user", "content": "Hi"}]
+    assert [model.tokenizer.chat(messages, tools=tools) for tools in (None, [{"name": "f"}])] == said
+    assert "additional_chat_templates/rag.jinja" not in hub.paths()
 
 
 def test_model_that_is_here_is_used_without_asking(hub: Any) -> None:
@@ -534,7 +569,7 @@ def test_entries_are_what_can_be_loaded(hub: Any) -> None:
     for name, entry in found.items():
         assert cached(name) == entry.path
         assert time.time() - 600 < entry.modified <= time.time() + 1
-    assert found[NAME].size == sum(map(len, folder("llama").values()))
+    assert found[NAME].size == sum(map(len, folder("llama").values())) + len(NOISE["README.md"])
 
 
 def test_no_cache_has_no_entries(hub: Any) -> None:

@@ -209,7 +209,7 @@ def test_tied_head_that_differs_is_refused(edited: Edit) -> None:
 
 
 @pytest.mark.parametrize("name, key, value, said", [
-    ("llama", "model_type", "lama", "did you mean 'llama'?"),
+    ("llama", "model_type", "lama", "nearest known one is 'llama'; what differs: nothing that its config or"),
     ("llama", "model_type", "bloom", "'bloom'"),
     ("llama", "attention_bias", True, "attention_bias=True"),
     ("llama", "mlp_bias", True, "mlp_bias=True"),

@@ -180,6 +180,21 @@ def test_path_that_is_not_there_is_told_apart_from_a_name(config: Path) -> None:
         names.locate("./x")
 
 
+def test_path_that_leads_through_a_closed_folder_says_so(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Path) -> bool:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(Path, "exists", refuse)
+    with pytest.raises(CheckpointError, match="cannot be told") as caught:
+        names.locate("closed/model.gguf")
+    assert caught.value.why == "Permission denied" and "permissions" in caught.value.fix
+
+
+def test_path_longer_than_names_can_be_is_refused(config: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"cannot be told|no file or folder"):
+        names.locate("x" * 5000 + "/model.gguf")
+
+
 def test_nothing_is_fetched_where_it_must_not_be(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(config)
     monkeypatch.setenv("INFOPT_CACHE", str(tmp_path))

@@ -123,7 +123,8 @@ def test_every_family_is_saved_bit_for_bit(family: str, tmp_path: Path) -> None:
 def test_the_stack_of_version_1_is_still_read() -> None:
     golden = json.loads((FIXTURE / "golden.json").read_text())
     model, params = ip.load(FIXTURE / "stack")
-    assert repr(model) == golden["repr"]
+    assert (str(model.recipe), model.exact) == (golden["recipe"], False)
+    assert repr(model).splitlines()[0] == golden["repr"].splitlines()[0]  # its figures, as they were printed then
     assert model.tokenizer.digest == golden["tokenizer"]
     out = ip.generate(model, params, golden["prompt"], max_new=len(golden["tokens"]), stop_tokens=())
     assert out.tokens == golden["tokens"]
