@@ -230,11 +230,6 @@ class Weights(Mapping[str, Any]):
                         )
         return Weights(entries)
 
-    @staticmethod
-    def lazy(readers: Mapping[str, Callable[[], Any]]) -> Weights:
-        """Weights that are read when they are asked for."""
-        return Weights({name: _Entry(read) for name, read in readers.items()})
-
     def __getitem__(self, name: str) -> Any:
         return self._entries[name].get()
 

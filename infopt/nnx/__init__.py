@@ -102,7 +102,7 @@ def from_nnx(
             fix="an instance of a class MyModel(nnx.Module); Linen modules: nnx.bridge.ToNNX",
         )
     opened = Opened(module, checks.positions_argument(type(module)))
-    weights = {n: read() for n, read in opened.weights_of(module)}
+    weights = opened.weights_of(module)
     calls, vocab = checks.attention_calls(opened, weights)
     checks.check_local(opened, weights, vocab)
     if opened.positions is None or not calls:
@@ -126,8 +126,9 @@ def from_nnx(
         )
     context = context or rows or UNLIMITED
     opened.name_layers(tuple(c.path for c in calls))
+    weights = dict(zip(opened.names.values(), weights.values(), strict=True))
     heads, kv_heads, width = calls[0].shape
-    own = checks.windows(opened, {n: read() for n, read in opened.weights_of(module)}, vocab, context)
+    own = checks.windows(opened, weights, vocab, context)
     config = NNXConfig(
         vocab=vocab,
         dim=next((v.shape[1] for v in opened.variables if v.kind == "table"), heads * width),
@@ -149,7 +150,7 @@ def from_nnx(
             whole=functools.partial(_logits, opened),
         )
     model = Model.of(FAMILIES[name], config, tokenizer)
-    params = assemble(model.spec, Weights.lazy(dict(opened.weights_of(module))))
+    params = assemble(model.spec, weights)
     checks.check_attention(opened, model, params, context)
     return model, params
 

@@ -254,12 +254,11 @@ class Opened:
         kernels: dict[ModulePath, Any] = {
             (*path, "embedding" if isinstance(m, nnx.Embed) else "kernel"): m for path, m in layers.items()
         }
-        self._layers = tuple(layers)
         self.variables: list[Variable] = []
         self._flat: dict[ModulePath, Any] = {}
         for path, leaf in nnx.to_flat_state(state):
-            value = leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
-            if not isinstance(leaf, nnx.Variable) or not jnp.issubdtype(value.dtype, jnp.floating):
+            value = leaf.get_value() if isinstance(leaf, nnx.Variable) else None
+            if not isinstance(value, jax.Array) or not jnp.issubdtype(value.dtype, jnp.floating):
                 self._flat[path] = leaf  # random keys, counts, tables of whole numbers
                 continue
             kind, inputs, m = "other", 0, kernels.get(path)
@@ -268,6 +267,9 @@ class Opened:
                 inputs = len(m.in_features) if isinstance(m, nnx.LinearGeneral) else 1
             self.variables.append(Variable(path, kind, tuple(value.shape), value.dtype, inputs))
             self._flat[path] = leaf.replace(jax.ShapeDtypeStruct(value.shape, value.dtype))
+        # by the path of a layer: its variable, unless that is another's, which stands under the other's name
+        own = {v.path for v in self.variables}
+        self._layers = {path[:-1]: path for path in kernels if path in own}
         self.name_layers(())
 
     def name_layers(self, attentions: tuple[ModulePath, ...]) -> None:
@@ -291,11 +293,10 @@ class Opened:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {self.names[v.path]: v.stored_shape for v in self.variables}
 
-    def weights_of(self, module: nnx.Module) -> Iterator[tuple[str, Callable[[], Array]]]:
-        """Each weight of a module of this structure, by logical name, to be read when it is wanted."""
+    def weights_of(self, module: nnx.Module) -> dict[str, Array]:
+        """The weights of a module of this structure, by logical name."""
         flat = dict(nnx.to_flat_state(nnx.state(module)))
-        for v in self.variables:
-            yield self.names[v.path], lambda v=v: v.store(flat[v.path].get_value())
+        return {self.names[v.path]: v.store(flat[v.path].get_value()) for v in self.variables}
 
     def restored(self, weights: Mapping[str, Any]) -> Any:
         """A module with these weights, set for inference."""
@@ -314,8 +315,8 @@ class Opened:
         for path, m in list(nnx.iter_graph(module)):
             if path in self._layers:
                 m.__class__ = REPLACED[type(m)]
-                leaf = "embedding" if isinstance(m, nnx.Embed) else "kernel"
-                run.weights[id(getattr(m, leaf))] = weights[self.names[(*path, leaf)]]
+                variable = self._layers[path]
+                run.weights[id(getattr(m, variable[-1]))] = weights[self.names[variable]]
             elif isinstance(m, nnx.Module) and callable(getattr(m, "attention_fn", None)):
                 cast(Any, m).attention_fn = functools.partial(_attention, path)
         with _running(run):

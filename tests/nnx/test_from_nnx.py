@@ -221,6 +221,18 @@ def test_a_layer_with_arithmetic_of_its_own_keeps_it() -> None:
     assert off(jax.jit(model.apply)(params, jnp.asarray([text()]))[0][0], own_logits(module, text())) < 1e-4
 
 
+def test_two_layers_may_share_a_kernel() -> None:
+    module = GPT(nnx.Rngs(0))
+    module.blocks[1].up.kernel = module.blocks[0].up.kernel
+    model, params = ip.from_nnx(module)
+    assert "layers.1.up" not in Weights.of(model.spec, params)
+    fast = ip.quantize(bits=8)(model)
+    packed = fast.convert(params)
+    back = ip.dequantize()(fast)
+    rounded = ip.to_nnx(back, back.convert(packed, source=fast))
+    assert off(jax.jit(fast.apply)(packed, jnp.asarray([text()]))[0][0], own_logits(rounded, text())) < 1e-4
+
+
 def test_saved_and_loaded_a_stack_generates_the_same_tokens(tmp_path: Path) -> None:
     _, model, params = made("gpt")
     fast = (ip.quantize(bits=8) | ip.cache_kv())(model)
