@@ -625,6 +625,24 @@ def tables() -> dict[str, Any]:
     }
 
 
+def pieces() -> dict[str, Any]:
+    """SentencePiece's kind of tables, with a token for each byte."""
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "<|user|>"]
+    joined = ["▁a", "he", "ll", "hell", "▁hell", "▁▁"]
+    single = ["▁", *"abcdehlnotw"]
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": [*words, *joined, *single],
+        "tokenizer.ggml.scores": [0.0] * len(words) + [-1.0 - i for i in range(len(joined) + len(single))],
+        "tokenizer.ggml.token_type": [2, 3, 3] + [6] * 256 + [4] + [1] * (len(joined) + len(single)),
+        "tokenizer.ggml.unknown_token_id": 0,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.add_bos_token": True,
+        "tokenizer.ggml.add_space_prefix": True,
+    }
+
+
 def model_fields(arch: str, c: dict[str, int], extra: Mapping[str, Any]) -> dict[str, Any]:
     fields = {
         "block_count": c["layers"], "context_length": 64, "embedding_length": c["dim"], "feed_forward_length": c["mlp"],
@@ -636,7 +654,11 @@ def model_fields(arch: str, c: dict[str, int], extra: Mapping[str, Any]) -> dict
 
 
 def gguf_seed(
-    arch: str, kind: str, extra: Mapping[str, Any] | None = None, vocab: int = 96, words: bool = False
+    arch: str,
+    kind: str,
+    extra: Mapping[str, Any] | None = None,
+    vocab: int = 96,
+    words: Mapping[str, Any] | None = None,
 ) -> bytes:
     """A small model of an architecture, by llama.cpp's names."""
     c = {"dim": 32, "layers": 2, "heads": 4, "kv": 2, "head_dim": 16, "mlp": 64}
@@ -663,13 +685,13 @@ def gguf_seed(
         case _:
             layer |= apart | gated
     if words:
-        vocab = len(tables()["tokenizer.ggml.tokens"])
+        vocab = len(words["tokenizer.ggml.tokens"])
     shapes = {"token_embd.weight": (vocab, d), "output_norm.weight": (d,)}
     shapes |= {f"blk.{i}.{name}": shape for i in range(c["layers"]) for name, shape in layer.items()}
     tensors = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
     if extra and "rope.scaling.attn_factor" in extra:
         tensors |= {f"rope_factors_{n}.weight": np.linspace(1, 4, 8) for n in ("long", "short")}
-    fields = model_fields(arch, c, extra or {}) | (tables() if words else {"general.alignment": 32})
+    fields = model_fields(arch, c, extra or {}) | (words or {"general.alignment": 32})
     return write_gguf(arch, fields, tensors, kind)
 
 
@@ -717,12 +739,12 @@ def gguf_case(rng: np.random.Generator, folder: Path) -> Case:
 
 
 @functools.cache
-def words_seed() -> bytes:
-    return gguf_seed("llama", "F32", words=True)
+def words_seeds() -> list[bytes]:
+    return [gguf_seed("llama", "F32", words=made) for made in (tables(), pieces())]
 
 
 def tables_case(rng: np.random.Generator, folder: Path) -> Case:
-    blob = damaged_gguf(rng, words_seed(), only="tokenizer.")
+    blob = damaged_gguf(rng, pick(rng, words_seeds()), only="tokenizer.")
     path = folder / "m.gguf"
     path.write_bytes(blob)
     return Case(len(blob), lambda: load(path), lambda found: judge_gguf(found, [blob], "float32", None))
@@ -1350,7 +1372,7 @@ def work(kind: str, start: int, count: int, at: Path, keep: Path | None) -> None
     for seed in (FIXTURES / "llama", FIXTURES / "gpt2"):
         _trace(ip.load(seed)[0])
     with tempfile.TemporaryDirectory() as warm:
-        (Path(warm) / "m.gguf").write_bytes(words_seed())
+        (Path(warm) / "m.gguf").write_bytes(words_seeds()[0])
         load(Path(warm) / "m.gguf")
     noise = os.open(at.with_name("noise"), os.O_RDWR | os.O_CREAT | os.O_TRUNC)
     os.dup2(noise, 2)
