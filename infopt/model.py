@@ -125,12 +125,16 @@ def _join(family: Family) -> Family:
 
 def family_of(spec: Spec) -> Family:
     if spec.family not in FAMILIES:
-        raise InfoptError(
-            f"no family named {spec.family!r} is defined here.",
-            why=nearest(spec.family, list(FAMILIES)),
-            fix="call ip.define(...) before, as the program that made this Spec did",
-        )
+        raise _no_family(spec.family)
     return FAMILIES[spec.family]
+
+
+def _no_family(name: str) -> InfoptError:
+    return InfoptError(
+        f"no family named {name!r} is defined here.",
+        why=f"a Spec holds the name of its functions, not the functions. {nearest(name, list(FAMILIES))}",
+        fix="call ip.define(...) or ip.from_nnx(...) before, as the program that made this Spec did",
+    )
 
 
 # ------------------------------------------------------------------------------------------------- weights by name
@@ -950,11 +954,7 @@ def spec_from_json(text: str) -> Spec:
                 **{k: hashable(v) for k, v in scaling.items() if k != "kind"}
             )
         if x["family"] not in FAMILIES:
-            raise InfoptError(
-                f"no family named {x['family']!r} is defined here.",
-                why="a Spec holds the name of its functions, not the functions.",
-                fix=nearest(x["family"], list(FAMILIES)),
-            )
+            raise _no_family(x["family"])
         return Spec(
             x["family"],
             FAMILIES[x["family"]].config(**config),

@@ -141,7 +141,7 @@ def from_nnx(
         table=rows is not None,
     )
     name = name or f"nnx_{type(module).__name__}_{hashlib.sha256(opened.digest_text().encode()).hexdigest()[:8]}"
-    if name not in _OPENED or _OPENED[name].graphdef != opened.graphdef:
+    if name not in FAMILIES or _OPENED[name].graphdef != opened.graphdef:
         _OPENED[name] = opened
         define_whole(
             name,

@@ -15,7 +15,7 @@ import pytest
 from flax import nnx
 
 import infopt as ip
-from infopt.model import Weights
+from infopt.model import FAMILIES, Weights
 from infopt.nnx.example import Transformer
 from infopt.testing import verify
 from tests.nnx import modules
@@ -233,7 +233,7 @@ def test_two_layers_may_share_a_kernel() -> None:
     assert off(jax.jit(fast.apply)(packed, jnp.asarray([text()]))[0][0], own_logits(rounded, text())) < 1e-4
 
 
-def test_saved_and_loaded_a_stack_generates_the_same_tokens(tmp_path: Path) -> None:
+def test_saved_and_loaded_a_stack_generates_the_same_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, model, params = made("gpt")
     fast = (ip.quantize(bits=8) | ip.cache_kv())(model)
     packed = fast.convert(params)
@@ -244,6 +244,11 @@ def test_saved_and_loaded_a_stack_generates_the_same_tokens(tmp_path: Path) -> N
         ip.generate(m, p, text(5), max_new=8, stop_tokens=()).tokens for m, p in ((fast, packed), (loaded, again))
     ]
     assert tokens[0] == tokens[1]
+    monkeypatch.delitem(FAMILIES, fast.spec.family)
+    with pytest.raises(ip.InfoptError, match=r"ip\.from_nnx"):
+        ip.load(tmp_path / "stack")
+    ip.from_nnx(GPT(nnx.Rngs(7)))  # of other weights and the same structure: what another process would do
+    assert ip.load(tmp_path / "stack")[0].spec == fast.spec
 
 
 def test_a_plan_counts_the_modules_bytes() -> None:
