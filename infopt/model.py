@@ -90,12 +90,6 @@ def define(
     Returns:
       The family; `Model.of(family, config)` is a model.
     """
-    if not name.isidentifier():
-        raise InfoptError(
-            f"a family cannot be named {name!r}.",
-            why="the name goes into saved Specs and error messages.",
-            fix="a name like a Python identifier",
-        )
     return _join(Family(name, config, init, embed, block, final, logits))
 
 
@@ -116,6 +110,12 @@ def define_whole(
 
 
 def _join(family: Family) -> Family:
+    if not family.name.isidentifier():
+        raise InfoptError(
+            f"a family cannot be named {family.name!r}.",
+            why="the name goes into saved Specs and error messages.",
+            fix="a name like a Python identifier",
+        )
     FAMILIES[family.name] = family
     build.cache_clear()
     _abstract.cache_clear()

@@ -141,14 +141,20 @@ def from_nnx(
         table=rows is not None,
     )
     name = name or f"nnx_{type(module).__name__}_{hashlib.sha256(opened.digest_text().encode()).hexdigest()[:8]}"
+    if name in FAMILIES and name not in _OPENED:
+        raise InfoptError(
+            f"name={name!r} is taken.",
+            why="another family is defined by it.",
+            fix="another name, or none for a new one",
+        )
     if name not in FAMILIES or _OPENED[name].graphdef != opened.graphdef:
-        _OPENED[name] = opened
         define_whole(
             name,
             NNXConfig,
             init=lambda _, key: ops.random_weights(key, opened.shapes()),
             whole=functools.partial(_logits, opened),
         )
+        _OPENED[name] = opened
     model = Model.of(FAMILIES[name], config, tokenizer)
     params = assemble(model.spec, weights)
     checks.check_attention(opened, model, params, context)

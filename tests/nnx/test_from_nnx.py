@@ -344,6 +344,12 @@ def test_a_context_beyond_the_table_is_refused() -> None:
         ip.from_nnx(GPT(nnx.Rngs(0)), context=CONTEXT + 1)
 
 
+@pytest.mark.parametrize("name", ["llama", "my model"])
+def test_a_name_that_cannot_be_is_refused(name: str) -> None:
+    with pytest.raises(ip.InfoptError, match=name):
+        ip.from_nnx(GPT(nnx.Rngs(0)), name=name)
+
+
 def test_what_is_no_module_is_refused() -> None:
     with pytest.raises(ip.InfoptError, match="not a Flax NNX module"):
         ip.from_nnx(ip.models.llama())  # type: ignore[arg-type]
