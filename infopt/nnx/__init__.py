@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -63,7 +62,8 @@ def from_nnx(
     `nnx.LinearGeneral` and `nnx.Embed` become `ops.linear` and `ops.embed`, which transforms may pack. An attribute
     `attention_fn`, which `nnx.MultiHeadAttention` has, becomes `attend`, which keeps keys and values; one attribute is
     one layer. A mask must be causal, or a causal window, which the cache then keeps. Everything else is traced as it
-    stands. It is tried out on a short text: what cannot be cached, or would compute something else, is refused.
+    stands. It is tried out on a text of 256 tokens, its `attention_fn` on 1,024 and its masks on 4,097: what cannot be
+    cached there, or would compute something else, is refused; what a module does only to longer texts is not seen.
 
     Weights are named by their place in the module: what belongs to one attention's block `layers.<i>.<place>`, the rest
     by its own attributes. `hidden` gives logits, and sinks are refused, since queries come rotated already.
@@ -72,7 +72,8 @@ def from_nnx(
       module: left as it is; dropout is off.
       context: positions that it was trained on; by default the rows of its table of positions, or without one 2**20.
       tokenizer: or None: then prompts are token ids.
-      name: the family's name, which a saved stack holds; by default the class's, and a digest of the structure.
+      name: the family's name, which a saved stack holds; by default the class's, and a digest of the structure. As with
+        `define`, a name that is given again is defined again.
 
     Returns:
       The model, and its params: `to_nnx` takes them back.
@@ -102,12 +103,35 @@ def from_nnx(
             fix="an instance of a class MyModel(nnx.Module); Linen modules: nnx.bridge.ToNNX",
         )
     opened = Opened(module, checks.positions_argument(type(module)))
-    weights = opened.weights_of(module)
-    calls, vocab = checks.attention_calls(opened, weights)
-    checks.check_local(opened, weights, vocab)
+    try:
+        return _made(opened, opened.weights_of(module), context, tokenizer, name)
+    except InfoptError:
+        raise
+    except Exception as e:
+        raise InfoptError(
+            f"{type(module).__name__} fails when it is called with tokens [1, T] and their positions.",
+            why=f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'no more is said'}.",
+            fix="see that module(tokens, positions) gives logits for texts of 1 token and of several; "
+            "from_nnx(..., context=N) where it takes no more than N",
+        ) from e
+
+
+def _made(
+    opened: Opened, weights: dict[str, Any], context: int | None, tokenizer: Any, name: str | None
+) -> tuple[Model, Params]:
+    calls, vocab, coarse = checks.attention_calls(opened, weights)
+    rows = checks.table_length(opened, weights, vocab)
+    if context is not None and (context < 1 or (rows is not None and context > rows)):
+        raise InfoptError(
+            f"context={context}, but the module has {rows or 'a positive number of'} positions.",
+            why="its positions are rows of a table." if rows else "a context holds at least one token.",
+            fix=f"context <= {rows}" if rows else "context >= 1",
+        )
+    context = context or rows or UNLIMITED
+    checks.check_local(opened, weights, vocab, context, coarse)
     if opened.positions is None or not calls:
         raise InfoptError(
-            f"{checks.definition(type(module))} {'calls no attention_fn' if not calls else 'takes no positions'}.",
+            f"{checks.definition(opened.cls)} {'calls no attention_fn' if not calls else 'takes no positions'}.",
             why="a cached step must be told where its tokens stand, and attention is what a cache serves.",
             fix="def __call__(self, tokens, positions), and nnx.MultiHeadAttention or an attribute `attention_fn`",
         )
@@ -117,18 +141,11 @@ def from_nnx(
             why="one cache holds all layers.",
             fix="as many heads of one width in each layer",
         )
-    rows = checks.table_length(opened, weights, vocab)
-    if context is not None and (context < 1 or (rows is not None and context > rows)):
-        raise InfoptError(
-            f"context={context}, but the module has {rows or 'a positive number of'} positions.",
-            why="its positions are rows of a table." if rows else "a context holds at least one token.",
-            fix=f"context <= {rows}" if rows else "context >= 1",
-        )
-    context = context or rows or UNLIMITED
     opened.name_layers(tuple(c.path for c in calls))
     weights = dict(zip(opened.names.values(), weights.values(), strict=True))
     heads, kv_heads, width = calls[0].shape
     own = checks.windows(opened, weights, vocab, context)
+    checks.check_attention(calls, own, context)
     config = NNXConfig(
         vocab=vocab,
         dim=next((v.shape[1] for v in opened.variables if v.kind == "table"), heads * width),
@@ -140,7 +157,19 @@ def from_nnx(
         own=tuple(w.size if w else 0 for w in own),
         table=rows is not None,
     )
-    name = name or f"nnx_{type(module).__name__}_{hashlib.sha256(opened.digest_text().encode()).hexdigest()[:8]}"
+    name = _defined(opened, name)
+    model = Model.of(FAMILIES[name], config, tokenizer)
+    params = assemble(model.spec, weights)
+    checks.check_logits(opened, model, params, context, coarse)
+    return model, params
+
+
+def _defined(opened: Opened, name: str | None) -> str:
+    """The name of the module's family, which is defined unless this very structure has it already."""
+    given, base = name is not None, f"nnx_{opened.cls.__name__}_{opened.digest()}"
+    name, n = name or base, 1
+    while not given and name in FAMILIES and _OPENED[name].graphdef != opened.graphdef:
+        name, n = f"{base}_{n + 1}", n + 1  # what tells them apart has no text
     if name in FAMILIES and name not in _OPENED:
         raise InfoptError(
             f"name={name!r} is taken.",
@@ -155,10 +184,7 @@ def from_nnx(
             whole=functools.partial(_logits, opened),
         )
         _OPENED[name] = opened
-    model = Model.of(FAMILIES[name], config, tokenizer)
-    params = assemble(model.spec, weights)
-    checks.check_attention(opened, model, params, context)
-    return model, params
+    return name
 
 
 def _logits(

@@ -18,13 +18,16 @@ from infopt.nnx.module import Call, Opened, Run, is_users, line
 from infopt.spec import Window
 from infopt.typing import Array, Params
 
-_LONG, _PART = 13, 5
-"""Tokens of a text, and of its end: what a cached step computes must be what the whole gives there."""
+_SHORT, _LONG, _PART = 13, 256, 5
+"""Tokens of texts that are tried, and of the end of one: what a step computes must be what the whole gives there."""
 _QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 """Compiler options for what runs once; a module that is run step by step compiles each of its operations."""
-_TOLERANCE = 1e-3
+_TOLERANCE, _COARSE = 1e-3, 0.1
+"""Of the spread; where some of it is computed in 16 bits, the other."""
 WIDEST = 4096
 """Windows up to this width are seen in a mask."""
+_WIDE = 1024
+"""Tokens over which an `attention_fn` is compared."""
 
 
 def definition(cls: type[Any]) -> str:
@@ -40,7 +43,7 @@ def positions_argument(cls: type[Any]) -> str | None:
       InfoptError: `__call__` takes no tokens, or asks for more than tokens and positions.
     """
     tokens, *rest = list(inspect.signature(cls.__call__).parameters.values())[1:] or [None]
-    name = next((p.name for p in rest if p and p.name in ("positions", "position_ids", "pos")), None)
+    name = next((p.name for p in rest if p and p.name in ("positions", "position_ids", "segment_pos", "pos")), None)
     needed = [p.name for p in rest if p and p.name != name and p.default is p.empty and p.kind in (1, 3)]
     if tokens is None or tokens.kind not in (0, 1) or needed:
         raise InfoptError(
@@ -62,38 +65,32 @@ def _alone(opened: Opened, calls: list[Call] | None = None) -> Callable[..., Any
 
     def function(weights: Mapping[str, Any], tokens: Array, positions: Array) -> Any:
         run = Run(lambda _, q, k, v: infopt_attend(q, k, v), None if calls is None else calls.append)
-        return opened(weights, tokens, positions, run)
+        out = opened(weights, tokens, positions, run)
+        if not isinstance(out, jax.Array) or out.ndim != 3 or out.shape[:2] != tokens.shape:
+            raise InfoptError(
+                f"{definition(opened.cls)} returns {jax.tree.map(jnp.shape, out)} for tokens {list(tokens.shape)}.",
+                why="it must return logits [B, T, V], and nothing else.",
+                fix="return the logits alone",
+            )
+        return out
 
     return function
 
 
-def example(vocab: int, n: int = _LONG) -> tuple[Array, Array]:
+def example(vocab: int, n: int = _SHORT) -> tuple[Array, Array]:
     """Tokens and positions `[1, n]`."""
     tokens = np.random.default_rng(0).integers(0, vocab, (1, n))
     return jnp.asarray(tokens, jnp.int32), jnp.arange(n, dtype=jnp.int32)[None]
 
 
-def attention_calls(opened: Opened, weights: Mapping[str, Any]) -> tuple[list[Call], int]:
-    """The calls of attention, and how many words there are; an attention in a loop or a transformation is refused."""
+def attention_calls(opened: Opened, weights: Mapping[str, Any]) -> tuple[list[Call], int, bool]:
+    """The calls of attention, how many words there are, and whether some of it is computed in 16 bits.
+
+    Raises:
+      InfoptError: attention in a loop or a transformation, or something else than logits is returned.
+    """
     calls: list[Call] = []
-    try:
-        jaxpr = jax.make_jaxpr(_alone(opened, calls))(weights, *example(2)).jaxpr
-    except InfoptError:
-        raise
-    except Exception as e:
-        raise InfoptError(
-            f"{opened.cls.__name__} cannot be called with tokens [1, {_LONG}] and their positions.",
-            why=f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}".rstrip(": "),
-            fix="see that module(tokens, positions) gives logits",
-        ) from e
-    out = [v.aval for v in jaxpr.outvars]
-    if len(out) != 1 or out[0].ndim != 3 or out[0].shape[:2] != (1, _LONG):  # type: ignore[attr-defined]
-        shapes = ", ".join(str(getattr(a, "shape", a)) for a in out)
-        raise InfoptError(
-            f"{definition(opened.cls)} returns {shapes} for tokens [1, {_LONG}].",
-            why="it must return logits [B, T, V], and nothing else.",
-            fix="return the logits alone",
-        )
+    jaxpr = jax.make_jaxpr(_alone(opened, calls))(weights, *example(2)).jaxpr
     outside = sum(eqn.params.get("name") == "infopt_attend" for eqn in jaxpr.eqns)
     if calls and outside != len(calls):
         raise InfoptError(
@@ -101,14 +98,16 @@ def attention_calls(opened: Opened, weights: Mapping[str, Any]) -> tuple[list[Ca
             why="it is called within a transformation (scan, remat, jit, vmap); each layer needs a cache of its own.",
             fix="a Python loop over the layers; drop nnx.scan, nnx.remat and nnx.jit for inference",
         )
-    return calls, out[0].shape[2]  # type: ignore[attr-defined]
+    made: list[Any] = [v.aval for eqn in jaxpr.eqns for v in eqn.outvars]
+    coarse = any(jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4 for x in made)
+    return calls, jaxpr.outvars[0].aval.shape[2], coarse  # type: ignore[attr-defined]
 
 
-def check_local(opened: Opened, weights: Mapping[str, Any], vocab: int) -> None:
+def check_local(opened: Opened, weights: Mapping[str, Any], vocab: int, length: int, coarse: bool) -> None:
     """Raise, naming the line, where a token depends on more than itself, its position and its attention."""
-    function, args = jax.jit(_alone(opened), compiler_options=_QUICKLY), example(vocab)
+    function, args = jax.jit(_alone(opened), compiler_options=_QUICKLY), example(vocab, min(_LONG, length))
     whole, last = (np.asarray(function(weights, *x), np.float32) for x in (args, [x[:, -1:] for x in args]))
-    if _close(whole[:, -1:], last):
+    if _close(whole[:, -1:], last, coarse):
         return
     where = _culprit(functools.partial(_alone(opened), weights), args) or definition(opened.cls)
     if opened.positions is None:
@@ -125,10 +124,11 @@ def check_local(opened: Opened, weights: Mapping[str, Any], vocab: int) -> None:
     )
 
 
-def _close(a: np.ndarray, b: np.ndarray) -> bool:
+def _close(a: np.ndarray, b: np.ndarray, coarse: bool = False) -> bool:
     finite = a[np.isfinite(a)]
     spread = float(np.std(finite, dtype=np.float64)) if finite.size else 0.0
-    return bool(np.allclose(a, b, rtol=_TOLERANCE, atol=_TOLERANCE * max(spread, 1e-6), equal_nan=True))
+    most = _COARSE if coarse else _TOLERANCE
+    return bool(np.allclose(a, b, rtol=most, atol=most * max(spread, 1e-6), equal_nan=True))
 
 
 def _culprit(function: Callable[..., Any], args: Sequence[Array]) -> str | None:
@@ -229,7 +229,9 @@ def windows(opened: Opened, weights: Mapping[str, Any], vocab: int, length: int)
 def _band(call: Call, n: int) -> tuple[Array, Array]:
     """Whether a mask is causal and, but for a window, whole; and the window's width."""
     q, k = jnp.arange(n)[:, None], jnp.arange(n)[None]
-    mask = jnp.ones((1, 1, 1), bool) if call.mask is None else call.mask.astype(bool)
+    if call.mask is None:  # causal by its flag, or by itself: `check_attention` looks
+        return jnp.asarray(True), jnp.asarray(n)
+    mask = call.mask.astype(bool)
     mask = mask.reshape(-1, *mask.shape[-2:])
     mask = jnp.logical_and(mask, (k <= q)[None]) if call.causal else jnp.broadcast_to(mask, (mask.shape[0], n, n))
     width = jnp.sum(mask[0, -1])
@@ -256,9 +258,7 @@ def table_length(opened: Opened, weights: Mapping[str, Any], vocab: int) -> int 
     def at(position: int) -> np.ndarray:
         return np.asarray(function(weights, tokens, jnp.full((1, 1), position, jnp.int32)), np.float32)
 
-    for n in sorted({v.shape[0] for v in opened.variables if len(v.shape) > 1 and v.kind != "matrix"}):
-        if n < 2:
-            continue
+    for n in sorted(n for n in opened.sizes if n > 1):
         last, beyond = at(n - 1), at(n)
         if np.isnan(beyond).any() and not np.isnan(last).any():
             return n
@@ -267,20 +267,52 @@ def table_length(opened: Opened, weights: Mapping[str, Any], vocab: int) -> int 
     return None
 
 
-def check_attention(opened: Opened, model: Model, params: Params, length: int) -> None:
+def check_attention(calls: Sequence[Call], windows: Sequence[Window | None], length: int) -> None:
+    """Raise, naming the line, where a module attends in another way than `attend` does."""
+    n, tried = min(_WIDE, length), set[Any]()
+    for call, window in zip(calls, windows, strict=True):
+        heads, kv_heads, width = call.shape
+        kind = (call.path, call.shape, window)
+        if kind in tried:
+            continue
+        tried.add(kind)
+        q, k, v = (
+            jax.random.normal(jax.random.key(i), (1, n, h, width)) for i, h in enumerate((heads, kv_heads, kv_heads))
+        )
+        at = jnp.arange(n)
+        mask = jnp.logical_and(at[None] <= at[:, None], at[:, None] - at[None] < (window.size if window else n))
+
+        def ours(q: Array, k: Array, v: Array, mask: Array) -> Array:
+            grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])
+            scores = jnp.einsum("btkgd,bskd->bkgts", grouped, k) * q.shape[3] ** -0.5
+            shares = jax.nn.softmax(jnp.where(mask[:, :, None], scores, -1e30), -1)
+            return jnp.einsum("bkgts,bskd->btkgd", shares, v).reshape(q.shape)
+
+        both = jax.jit(lambda q, k, v, m, c=call, f=ours: (c.written(q, k, v, m), f(q, k, v, m)))
+        for size in (1.0, 8.0):  # a soft-cap shows in large scores only
+            want, got = (np.asarray(x, np.float32) for x in both(size * q, k, v, mask[None, None]))
+            if not _close(want, got):
+                raise InfoptError(
+                    f"the attention at {call.where} cannot be cached.",
+                    why="its `attention_fn` is not causal softmax(q k / sqrt(width)) v over what its mask lets "
+                    "through: not causal, another scale, a soft-cap, a decay, a window of its own.",
+                    fix="is_causal=True or a causal mask; fold a scale into the queries; other attention needs "
+                    "ip.define, whose `attend` takes a soft-cap",
+                )
+
+
+def check_logits(opened: Opened, model: Model, params: Params, length: int, coarse: bool) -> None:
     """Raise where the module, as it was written, computes something else than the model made of it."""
-    tokens, positions = example(model.spec.config.vocab, min(_LONG, length))
+    tokens, positions = example(model.spec.config.vocab, min(_SHORT, length))
 
     def both(params: Params, tokens: Array, positions: Array) -> tuple[Array, Array]:
         return opened.alone(Weights.of(model.spec, params), tokens, positions), model.apply(params, tokens)[0]
 
     found = jax.jit(both, compiler_options=_QUICKLY)(params, tokens, positions)
     want, got = (np.asarray(x, np.float32) for x in found)
-    coarse = any(jnp.dtype(v.dtype).itemsize < 4 for v in opened.variables)
-    off = float(np.abs(got - want).max()) / max(float(np.std(want)), 1e-6)
-    if not off <= (0.1 if coarse else _TOLERANCE):
+    if not _close(want, got, coarse):
         raise InfoptError(
-            f"{opened.cls.__name__} gives other logits with the library's attention: off by {off:.2g} of their spread.",
-            why="its `attention_fn` is not softmax(q k / sqrt(width)) v: another scale, a soft-cap, a decay.",
-            fix="fold a scale into the queries; other attention needs ip.define, whose `attend` takes a soft-cap",
+            f"{opened.cls.__name__}, {definition(opened.cls)}, gives other logits by itself than through the library.",
+            why="some of its layers compute by more than their arrays and their inputs.",
+            fix="plain layers; or a family of your own by ip.define",
         )

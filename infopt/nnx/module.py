@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import hashlib
+import inspect
 import math
+import re
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +19,7 @@ from typing import Any, Literal, cast
 import flax
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 
@@ -76,6 +80,7 @@ class Call:
     shape: tuple[int, int, int]  # query heads, key/value heads, values in a head
     mask: Any
     causal: bool
+    written: Callable[..., Array]  # `(q, k, v, mask) -> out`: as the module would have attended
 
 
 _RUN: ContextVar[Run] = ContextVar("infopt_nnx_run")
@@ -143,25 +148,24 @@ def _as_published(m: Any) -> bool:
     return True
 
 
+_ORDER = tuple(inspect.signature(nnx.dot_product_attention).parameters)[3:]
+
+
 def _attention(
     path: ModulePath,
+    written: Callable[..., Array],
     query: Array,
     key: Array,
     value: Array,
-    bias: Array | None = None,
-    mask: Array | None = None,
-    broadcast_dropout: bool = True,
-    dropout_rng: Any = None,
-    dropout_rate: float = 0.0,
-    deterministic: bool = False,
-    dtype: Any = None,
-    precision: Any = None,
-    module: Any = None,
-    promote_dtype: Any = promote_dtype,
-    is_causal: bool = False,
-    **others: Any,
+    *more: Any,
+    **options: Any,
 ) -> Array:
     """What `attention_fn` becomes; takes what `nnx.dot_product_attention` takes."""
+    given = dict(zip(_ORDER, more)) | options
+    bias, mask, is_causal = given.get("bias"), given.get("mask"), given.get("is_causal", False)
+    others = sorted({*given} - {*_ORDER})
+    if "scale" in others and given["scale"] in (None, query.shape[-1] ** -0.5):
+        others.remove("scale")
     run, where = _RUN.get(), calling_line()
 
     def refuse(why: str, fix: str) -> InfoptError:
@@ -171,11 +175,11 @@ def _attention(
         raise refuse("it adds a bias to its scores, which `attend` has no place for.", "rotary or learned positions")
     if others:
         raise refuse(f"it is given {', '.join(others)}.", "the arguments of nnx.dot_product_attention")
-    if dropout_rate and not deterministic and dropout_rng is not None:
+    if given.get("dropout_rate") and not given.get("deterministic") and given.get("dropout_rng") is not None:
         raise refuse("it drops weights at random.", "deterministic=True when it is called")
-    if module is not None:
+    if given.get("module") is not None:
         raise refuse("it records its weights (sow_weights).", "sow_weights=False")
-    query, key, value = promote_dtype((query, key, value), dtype=dtype)
+    query, key, value = promote_dtype((query, key, value), dtype=given.get("dtype"))
     if query.ndim != 4 or key.shape != value.shape or query.shape[:2] != key.shape[:2]:
         raise refuse(
             f"queries are {list(query.shape)}, keys {list(key.shape)}, values {list(value.shape)}: each token must have"
@@ -188,7 +192,12 @@ def _attention(
             "heads of one width, each key head serving an equal number of query heads",
         )
     if run.watch is not None:
-        run.watch(Call(path, where, (query.shape[2], key.shape[2], query.shape[3]), mask, is_causal))
+
+        def again(q: Array, k: Array, v: Array, mask: Array) -> Array:
+            replaced = {} if given.get("mask") is None else {"mask": mask.astype(given["mask"].dtype)}
+            return written(q, k, v, **given | replaced | ({"dtype": None} if "dtype" in given else {}))
+
+        run.watch(Call(path, where, (query.shape[2], key.shape[2], query.shape[3]), mask, is_causal, again))
     run.calls += 1
     return run.attend(run.calls - 1, query, key, value)
 
@@ -245,7 +254,7 @@ class Opened:
                         setattr(m, flag, value)
         self.graphdef, state = nnx.split(module)
         self._attributes = [
-            (path, type(m).__qualname__, {k: text for k, v in vars(m).items() if (text := _plain(v))})
+            (path, type(m).__qualname__, {k: _plain(v) for k, v in vars(m).items() if not k.startswith("_pytree")})
             for path, m in nnx.iter_graph(module)
             if isinstance(m, nnx.Module)
         ]
@@ -254,6 +263,7 @@ class Opened:
         kernels: dict[ModulePath, Any] = {
             (*path, "embedding" if isinstance(m, nnx.Embed) else "kernel"): m for path, m in layers.items()
         }
+        self.sizes = {n for leaf in jax.tree.leaves(state) for n in jnp.shape(leaf)}
         self.variables: list[Variable] = []
         self._flat: dict[ModulePath, Any] = {}
         for path, leaf in nnx.to_flat_state(state):
@@ -274,21 +284,27 @@ class Opened:
 
     def name_layers(self, attentions: tuple[ModulePath, ...]) -> None:
         """Name the weights by the layers that they belong to, given each layer's attention."""
-        self.attentions, prefixes = attentions, [_prefix(p, attentions) for p in attentions]
+        prefixes = [_prefix(p, attentions) for p in attentions]
         members: dict[ModulePath, set[Any]] = {}
         for v in self.variables:
             members.setdefault(v.path[:1], set()).add(v.path[1] if len(v.path) > 1 else None)
-        self.names = {}
-        for v in self.variables:
-            inner: tuple[Any, ...] = v.path[:-1] if v.kind != "other" else v.path
-            at = next((i for i, p in enumerate(prefixes) if p and v.path[: len(p)] == p), None)
+
+        def named(path: ModulePath) -> str:
+            at = next((i for i, p in enumerate(prefixes) if p and path[: len(p)] == p), None)
             if at is not None:
-                name: ModulePath = ("layers", at, *inner[len(prefixes[at]) :])
-            elif len(inner) > 1 and members[v.path[:1]] == set(range(len(attentions))):
-                name = ("layers", v.path[1], v.path[0], *inner[2:])  # a list with something for each layer
-            else:
-                name = ("module", *inner) if inner[:1] == ("layers",) else inner
-            self.names[v.path] = ".".join(map(str, name))
+                path = ("layers", at, *path[len(prefixes[at]) :])
+            elif len(path) > 1 and members[path[:1]] == set(range(len(attentions))):
+                path = ("layers", path[1], path[0], *path[2:])  # a list with something for each layer
+            elif path[:1] == ("layers",):
+                path = ("module", *path)
+            return ".".join(map(str, path))
+
+        self.names: dict[ModulePath, str] = {}
+        for v in self.variables:
+            above, last = v.path[:-1], v.path[-1]
+            # a layer's matrix has the layer's name, its bias that and `_bias`: no name is the beginning of another
+            own = named(above) if v.kind != "other" else named(v.path)
+            self.names[v.path] = f"{named(above)}_{last}" if v.kind == "other" and above in self._layers else own
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {self.names[v.path]: v.stored_shape for v in self.variables}
@@ -318,23 +334,24 @@ class Opened:
                 variable = self._layers[path]
                 run.weights[id(getattr(m, variable[-1]))] = weights[self.names[variable]]
             elif isinstance(m, nnx.Module) and callable(getattr(m, "attention_fn", None)):
-                cast(Any, m).attention_fn = functools.partial(_attention, path)
+                cast(Any, m).attention_fn = functools.partial(_attention, path, cast(Any, m).attention_fn)
         with _running(run):
             return self._call(module, tokens, positions)
 
     def _call(self, module: Any, tokens: Array, positions: Array) -> Any:
         return module(tokens) if self.positions is None else module(tokens, **{self.positions: positions})
 
-    def digest_text(self) -> str:
+    def digest(self) -> str:
         """What tells two structures apart, the same in every process."""
-        return f"{self._attributes} {[(v.path, v.kind, v.shape, str(v.dtype)) for v in self.variables]} {self.names}"
+        text = f"{self._attributes} {[(v.path, v.kind, v.shape, str(v.dtype)) for v in self.variables]} {self.names}"
+        return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def _plain(x: Any) -> str:
-    """An attribute that is a number, a text or a function, as text; "" for others."""
-    if callable(x) and hasattr(x, "__qualname__"):
-        return f"{x.__module__}.{x.__qualname__}"
-    return repr(x) if isinstance(x, bool | int | float | str) else ""
+    """A static attribute as text that is the same in every process; "" for what stands in the graph by itself."""
+    if isinstance(x, nnx.Pytree | nnx.Variable | jax.Array | np.ndarray):
+        return ""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(x))
 
 
 @contextlib.contextmanager

@@ -41,7 +41,11 @@ class Quantize(Transform):
                 raise InfoptError(
                     f"{self!r}: {spec.family} has no matrix that belongs to a layer.",
                     why="by default the layers' own matrices are packed.",
-                    fix=f"where=..., a pattern over {', '.join(list(shapes(spec))[:4])}, ...",
+                    fix="where=..., a pattern over "
+                    + (
+                        ", ".join([n for n, shape in shapes(spec).items() if len(shape) > 1][:4])
+                        or "matrices, of which it has none"
+                    ),
                 )
             return found
         matrices = [n for n, shape in shapes(spec).items() if len(shape) > 1]

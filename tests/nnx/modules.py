@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -175,3 +176,61 @@ class Uneven(GPT):
 def halved(query: jax.Array, key: jax.Array, value: jax.Array, **options: Any) -> jax.Array:
     """Attention of another scale."""
     return nnx.dot_product_attention(query / 2, key, value, **options)
+
+
+class InnerWindow(GPT):
+    """An `attention_fn` with a window of its own, wider than a short text."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        def near(query: jax.Array, key: jax.Array, value: jax.Array, **options: Any) -> jax.Array:
+            return jax.nn.dot_product_attention(query, key, value, is_causal=True, local_window_size=(31, 0))
+
+        super().__init__(rngs, attention_fn=near)
+
+
+class Capped(GPT):
+    """A soft-cap that only large scores meet."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        def capped(query: jax.Array, key: jax.Array, value: jax.Array, **options: Any) -> jax.Array:
+            scores = 50 * jnp.tanh(jnp.einsum("bthd,bshd->bhts", query, key) / 50 / query.shape[-1] ** 0.5)
+            shares = jax.nn.softmax(jnp.where(options["mask"] > 0, scores, -1e30), -1)
+            return jnp.einsum("bhts,bshd->bthd", shares, value)
+
+        super().__init__(rngs, attention_fn=capped)
+
+
+class LongTexts(GPT):
+    """Computes something else for texts of more than twenty tokens."""
+
+    def __call__(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+        return super().__call__(tokens, positions) * (2.0 if tokens.shape[1] > 20 else 1.0)  # LINE
+
+
+class Fails(GPT):
+    def __call__(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+        assert tokens.shape[1] > 1, "too short"
+        return super().__call__(tokens, positions)
+
+
+class Named(GPT):
+    """Returns what is no array."""
+
+    def __call__(self, tokens: jax.Array, positions: jax.Array) -> Any:
+        return {"logits": super().__call__(tokens, positions)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    scale: float
+
+
+class Configured(GPT):
+    """What it computes stands in an object of settings."""
+
+    def __init__(self, rngs: nnx.Rngs, settings: Settings) -> None:
+        super().__init__(rngs)
+        self.settings = settings
+
+    def __call__(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+        return super().__call__(tokens, positions) * self.settings.scale

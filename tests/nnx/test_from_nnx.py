@@ -143,7 +143,9 @@ def test_a_mask_with_a_window_becomes_the_layers_window_and_a_ring() -> None:
 def test_weights_are_named_by_their_layers() -> None:
     names = {name: set(Weights.of(made(name)[1].spec, made(name)[2])) for name in ("gpt", "parallel", "one layer")}
     assert {"embed", "place", "layers.0.attention.query", "layers.1.up", "norm.scale"} <= names["gpt"]
-    assert {"layers.2.key", "layers.2.layers", "layers.0.query_ln.scale", "head", "scale"} <= names["parallel"]
+    assert {"layers.2.key", "layers.2.layers", "layers.0.query_ln.scale", "head", "head_bias", "scale"} <= names[
+        "parallel"
+    ]
     assert "layers.0.up" in names["one layer"]
     assert ip.quantize(bits=8)(made("parallel")[1]).spec.format_of("layers.2.layers") is not None
     assert "module." not in "".join(names["gpt"])
@@ -221,6 +223,49 @@ def test_a_layer_with_arithmetic_of_its_own_keeps_it() -> None:
     assert off(jax.jit(model.apply)(params, jnp.asarray([text()]))[0][0], own_logits(module, text())) < 1e-4
 
 
+def test_modules_that_differ_in_an_object_of_settings_are_two_families() -> None:
+    found = []
+    for scale in (1.0, 3.0):
+        module = modules.Configured(nnx.Rngs(0), modules.Settings(scale))
+        model, params = ip.from_nnx(module)
+        module.eval()
+        found.append((model, params, own_logits(module, text())))
+    assert found[0][0].spec.family != found[1][0].spec.family
+    for model, params, want in found:
+        assert off(jax.jit(model.apply)(params, jnp.asarray([text()]))[0][0], want) < 1e-4
+
+
+def test_modules_that_differ_in_what_has_no_text_are_two_families() -> None:
+    made = []
+    for factor in (1.0, 3.0):
+        module = GPT(nnx.Rngs(0))
+        module.blocks[0].up = nnx.Linear(
+            32, 48, dot_general=lambda *a, f=factor, **k: f * jax.lax.dot_general(*a, **k), rngs=nnx.Rngs(5)
+        )
+        made.append((module, *ip.from_nnx(module)))
+    assert made[0][1].spec.family != made[1][1].spec.family
+    for module, model, params in made:
+        module.eval()
+        assert off(jax.jit(model.apply)(params, jnp.asarray([text()]))[0][0], own_logits(module, text())) < 1e-4
+
+
+def test_causality_may_stand_within_the_attention_fn() -> None:
+    class Inner(GPT):
+        def mask(self, tokens: jax.Array, positions: jax.Array) -> dict[str, Any]:
+            return {}
+
+    def causal(query: jax.Array, key: jax.Array, value: jax.Array, **options: Any) -> jax.Array:
+        return jax.nn.dot_product_attention(query, key, value, is_causal=True)
+
+    assert ip.from_nnx(Inner(nnx.Rngs(0), attention_fn=causal))[0].spec.window == (None, None)
+
+
+def test_mixed_precision_is_taken_as_it_is() -> None:
+    with jax.numpy_dtype_promotion("standard"):
+        model, _ = ip.from_nnx(GPT(nnx.Rngs(0), dtype=jnp.bfloat16))
+    assert model.spec.config.layers == 2
+
+
 def test_two_layers_may_share_a_kernel() -> None:
     module = GPT(nnx.Rngs(0))
     module.blocks[1].up.kernel = module.blocks[0].up.kernel
@@ -231,6 +276,17 @@ def test_two_layers_may_share_a_kernel() -> None:
     back = ip.dequantize()(fast)
     rounded = ip.to_nnx(back, back.convert(packed, source=fast))
     assert off(jax.jit(fast.apply)(packed, jnp.asarray([text()]))[0][0], own_logits(rounded, text())) < 1e-4
+
+
+@pytest.mark.parametrize("stack", [None, ip.cache_kv(), ip.sliding_window(6) | ip.cache_kv(bits=8)], ids=repr)
+@pytest.mark.parametrize("name", ["gpt", "parallel", "example"])
+def test_dense_stacks_are_saved_and_loaded(name: str, stack: Any, tmp_path: Path) -> None:
+    _, model, params = made(name)
+    fast = model if stack is None else stack(model)
+    ip.save(tmp_path / "stack", fast, params)
+    loaded, again = ip.load(tmp_path / "stack")
+    assert loaded.spec == fast.spec
+    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(again), strict=True))
 
 
 def test_saved_and_loaded_a_stack_generates_the_same_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,6 +331,7 @@ def marked_line(cls: type[Any]) -> str:
         (modules.Mixes, "depends on more than itself"),
         (modules.Shifts, "depends on more than itself"),
         (modules.OwnAttention, "depends on more than itself"),
+        (modules.LongTexts, "depends on more than itself"),
     ],
     ids=lambda x: x.__name__ if isinstance(x, type) else "",
 )
@@ -293,6 +350,10 @@ def test_what_cannot_be_cached_is_refused_by_line(cls: Any, why: str) -> None:
         (modules.Pair, "logits"),
         (modules.NeedsMask, "needs mask"),
         (modules.Uneven, "differ in heads or width"),
+        (modules.Named, "logits"),
+        (modules.Fails, "too short"),
+        (modules.InnerWindow, "a window of its own"),
+        (modules.Capped, "soft-cap"),
         (functools.partial(GPT, attention_fn=modules.halved), "another scale"),
     ],
     ids=lambda x: getattr(x, "__name__", "halved") if not isinstance(x, str) else "",
@@ -300,7 +361,7 @@ def test_what_cannot_be_cached_is_refused_by_line(cls: Any, why: str) -> None:
 def test_what_would_compute_something_else_is_refused(cls: Any, why: str) -> None:
     with pytest.raises(ip.InfoptError, match=why) as e:
         ip.from_nnx(cls(rngs=nnx.Rngs(0)))
-    assert re.search(r"modules\.py:\d+|GPT", str(e.value))
+    assert re.search(r"modules\.py:\d+", str(e.value)) or cls is modules.Fails
 
 
 @pytest.mark.parametrize("option", ["bias", "scale", "sow_weights"])
