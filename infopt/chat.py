@@ -147,11 +147,11 @@ class Chat:
         Raises:
           PromptError: there is none.
         """
-        self.messages = self._before()
+        self.messages, self.turn = self._before(), None
 
     def reset(self) -> None:
         """Begin again, with the system message where there was one."""
-        self.messages = [m for m in self.messages[:1] if m["role"] == "system"]
+        self.messages, self.turn = [m for m in self.messages[:1] if m["role"] == "system"], None
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the messages to a file, as JSON: whole, or not at all.

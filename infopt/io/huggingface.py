@@ -65,6 +65,16 @@ OTHER_SENSES = ("vision_tower.", "multi_modal_projector.", "model.vision_tower."
 # ---------------------------------------------------------------------------------------------------------- the configs
 
 
+_KINDS = {
+    int: "a whole number from 0 to 2**31",
+    float: "a finite number",
+    bool: "true or false",
+    str: "a text",
+    list: "a list",
+    dict: "an object",
+}
+
+
 class _Json:
     """A JSON object of a folder, whose values are checked as they are read."""
 
@@ -81,7 +91,9 @@ class _Json:
             state = "is missing" if value is None else f"is {shown(value)}"
             raise CheckpointError(
                 f"{self.where}: {key!r} {state}.",
-                why="without it the model cannot be told.",
+                why="without it the model cannot be told."
+                if value is None
+                else f"it must be {_KINDS.get(kind, kind)}.",
                 fix="fetch the model again",
             )
         return value
