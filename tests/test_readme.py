@@ -24,7 +24,7 @@ def test_the_table_of_families_is_the_registrys(capsys: pytest.CaptureFixture[st
 def test_the_table_leaves_no_family_and_no_format_out(capsys: pytest.CaptureFixture[str]) -> None:
     cli.main(["families"])
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[2:]]
-    own = {name for name, family in FAMILIES.items() if family.block.__module__.startswith("infopt.models.")}
+    own = {name for name, family in FAMILIES.items() if family.config.__module__.startswith("infopt.models.")}
     assert {row[0] for row in rows} == own
     assert {kind for row in rows for kind in re.findall("`(.*?)`", row[2])} == {*huggingface.MODEL_TYPES}
     assert {arch for row in rows for arch in re.findall("`(.*?)`", row[3])} == {*gguf.CONFIGS}
