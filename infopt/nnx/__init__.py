@@ -13,6 +13,7 @@ from flax import nnx
 from infopt import ops
 from infopt.errors import InfoptError, ParamsError
 from infopt.model import FAMILIES, Model, Weights, assemble, check_params, define_whole
+from infopt.models.base import unrotated
 from infopt.nnx import checks
 from infopt.nnx.module import Opened, Run
 from infopt.spec import Config, Window
@@ -120,7 +121,8 @@ def _made(
     opened: Opened, weights: dict[str, Any], context: int | None, tokenizer: Any, name: str | None
 ) -> tuple[Model, Params]:
     calls, vocab, coarse = checks.attention_calls(opened, weights)
-    rows = checks.table_length(opened, weights, vocab)
+    alone = checks.compiled(opened)
+    rows = checks.table_length(opened, alone, weights, vocab)
     if context is not None and (context < 1 or (rows is not None and context > rows)):
         raise InfoptError(
             f"context={context}, but the module has {rows or 'a positive number of'} positions.",
@@ -128,7 +130,7 @@ def _made(
             fix=f"context <= {rows}" if rows else "context >= 1",
         )
     context = context or rows or UNLIMITED
-    checks.check_local(opened, weights, vocab, context, coarse)
+    checks.check_local(opened, alone, weights, vocab, context, coarse)
     if opened.positions is None or not calls:
         raise InfoptError(
             f"{checks.definition(opened.cls)} {'calls no attention_fn' if not calls else 'takes no positions'}.",
@@ -196,15 +198,11 @@ def _logits(
     attend: Callable[..., Array],
 ) -> Array:
     def attention(layer: int, q: Array, k: Array, v: Array) -> Array:
-        return attend(layer, q, k, v, rope=_unrotated, scale=c.head_dim**-0.5)
+        return attend(layer, q, k, v, rope=unrotated, scale=c.head_dim**-0.5)
 
     # padding may lie beyond a table's end; the host checks what is real
     at = jnp.minimum(positions, c.context - 1) if c.table else positions
     return opened(weights, tokens, at, Run(attention))
-
-
-def _unrotated(x: Array, positions: Array) -> Array:
-    return x
 
 
 def to_nnx(model: Model, params: Params) -> Any:

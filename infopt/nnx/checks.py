@@ -12,8 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Literal
 
+from infopt import ops
 from infopt.errors import InfoptError
+from infopt.masks import allowed
 from infopt.model import Model, Weights
+from infopt.models.base import unrotated
 from infopt.nnx.module import Call, Opened, Run, is_users, line
 from infopt.spec import Window
 from infopt.typing import Array, Params
@@ -77,6 +80,11 @@ def _alone(opened: Opened, calls: list[Call] | None = None) -> Callable[..., Any
     return function
 
 
+def compiled(opened: Opened) -> Callable[..., Any]:
+    """The same, compiled once for each length of text that is tried."""
+    return jax.jit(_alone(opened), compiler_options=_QUICKLY)
+
+
 def example(vocab: int, n: int = _SHORT) -> tuple[Array, Array]:
     """Tokens and positions `[1, n]`."""
     tokens = np.random.default_rng(0).integers(0, vocab, (1, n))
@@ -103,10 +111,12 @@ def attention_calls(opened: Opened, weights: Mapping[str, Any]) -> tuple[list[Ca
     return calls, jaxpr.outvars[0].aval.shape[2], coarse  # type: ignore[attr-defined]
 
 
-def check_local(opened: Opened, weights: Mapping[str, Any], vocab: int, length: int, coarse: bool) -> None:
+def check_local(
+    opened: Opened, alone: Callable[..., Any], weights: Mapping[str, Any], vocab: int, length: int, coarse: bool
+) -> None:
     """Raise, naming the line, where a token depends on more than itself, its position and its attention."""
-    function, args = jax.jit(_alone(opened), compiler_options=_QUICKLY), example(vocab, min(_LONG, length))
-    whole, last = (np.asarray(function(weights, *x), np.float32) for x in (args, [x[:, -1:] for x in args]))
+    args = example(vocab, min(_LONG, length))
+    whole, last = (np.asarray(alone(weights, *x), np.float32) for x in (args, [x[:, -1:] for x in args]))
     if _close(whole[:, -1:], last, coarse):
         return
     where = _culprit(functools.partial(_alone(opened), weights), args) or definition(opened.cls)
@@ -203,16 +213,16 @@ def windows(opened: Opened, weights: Mapping[str, Any], vocab: int, length: int)
     n = min(WIDEST + 1, length)
     places: list[str] = []
 
-    def bands(tokens: Array, positions: Array) -> list[Any]:
+    def bands(weights: Mapping[str, Any], tokens: Array, positions: Array) -> list[Any]:
         calls: list[Call] = []
         _alone(opened, calls)(weights, tokens, positions)
         places[:] = [c.where for c in calls]
         return [_band(c, tokens.shape[1]) for c in calls]
 
-    tokens, positions = example(vocab, n)
-    closed = jax.make_jaxpr(bands)(tokens, positions)
-    depends = _depends(closed.jaxpr, closed.jaxpr.invars[0])
-    found = jax.jit(bands, compiler_options=_QUICKLY)(tokens, positions)
+    args = (weights, *example(vocab, n))
+    traced = jax.jit(bands, compiler_options=_QUICKLY).trace(*args)
+    depends = _depends(traced.jaxpr.jaxpr, traced.jaxpr.jaxpr.invars[-2])  # the tokens
+    found = traced.lower().compile()(*args)
     answers: list[Window | None] = []
     for where, (band, width), on_tokens in zip(places, found, depends[::2], strict=True):
         if on_tokens or not bool(band):
@@ -251,12 +261,12 @@ def _depends(jaxpr: Any, source: Any) -> list[bool]:
 # ------------------------------------------------------------------------------------------------------ the context
 
 
-def table_length(opened: Opened, weights: Mapping[str, Any], vocab: int) -> int | None:
+def table_length(opened: Opened, alone: Callable[..., Any], weights: Mapping[str, Any], vocab: int) -> int | None:
     """How many positions a table of the module has, where positions are rows of one: beyond, nothing new is found."""
-    function, (tokens, _) = jax.jit(_alone(opened), compiler_options=_QUICKLY), example(vocab, 1)
+    tokens, _ = example(vocab, 1)
 
     def at(position: int) -> np.ndarray:
-        return np.asarray(function(weights, tokens, jnp.full((1, 1), position, jnp.int32)), np.float32)
+        return np.asarray(alone(weights, tokens, jnp.full((1, 1), position, jnp.int32)), np.float32)
 
     for n in sorted(n for n in opened.sizes if n > 1):
         last, beyond = at(n - 1), at(n)
@@ -279,18 +289,17 @@ def check_attention(calls: Sequence[Call], windows: Sequence[Window | None], len
         q, k, v = (
             jax.random.normal(jax.random.key(i), (1, n, h, width)) for i, h in enumerate((heads, kv_heads, kv_heads))
         )
-        at = jnp.arange(n)
-        mask = jnp.logical_and(at[None] <= at[:, None], at[:, None] - at[None] < (window.size if window else n))
+        at = jnp.arange(n, dtype=jnp.int32)[None]
+        mask = allowed(at, at, window)[:, None]
+        context = ops.Context(at, jnp.ones_like(at, bool), jnp.asarray([n]), window, None)
 
-        def ours(q: Array, k: Array, v: Array, mask: Array) -> Array:
-            grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])
-            scores = jnp.einsum("btkgd,bskd->bkgts", grouped, k) * q.shape[3] ** -0.5
-            shares = jax.nn.softmax(jnp.where(mask[:, :, None], scores, -1e30), -1)
-            return jnp.einsum("bkgts,bskd->btkgd", shares, v).reshape(q.shape)
+        def both(q: Array, k: Array, v: Array, c: Call = call, x: ops.Context = context, m: Array = mask) -> Any:
+            ours, _ = ops.attend(q, k, v, None, None, rope=unrotated, scale=q.shape[3] ** -0.5, context=x)
+            return c.written(q, k, v, m), ours
 
-        both = jax.jit(lambda q, k, v, m, c=call, f=ours: (c.written(q, k, v, m), f(q, k, v, m)))
+        run = jax.jit(both)
         for size in (1.0, 8.0):  # a soft-cap shows in large scores only
-            want, got = (np.asarray(x, np.float32) for x in both(size * q, k, v, mask[None, None]))
+            want, got = (np.asarray(x, np.float32) for x in run(size * q, k, v))
             if not _close(want, got):
                 raise InfoptError(
                     f"the attention at {call.where} cannot be cached.",
