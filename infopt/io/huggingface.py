@@ -34,7 +34,7 @@ from infopt.io.checkpoint import (
     row_chunks,
     shown,
 )
-from infopt.io.tokenizer import Tokenizer
+from infopt.io.tokenizer import Tokenizer, read_text
 from infopt.io.unknown import Asked, Candidate, unknown_architecture
 from infopt.model import FAMILIES, Model, aligned_empty, shapes
 from infopt.models import (
@@ -118,11 +118,7 @@ class _Json:
 
 def _read_json(path: Path, most: int = MOST_JSON) -> _Json:
     try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size > most:
-                raise ValueError(f"it has {size:,} bytes, more than {most:,}")
-            values = json.loads(file.read(size).decode("utf-8"))
+        values = json.loads(read_text(path, most))
         if not isinstance(values, dict):
             raise ValueError("it is not a JSON object")
     except (OSError, ValueError, RecursionError) as error:

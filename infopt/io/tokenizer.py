@@ -112,7 +112,7 @@ class Tokenizer:
           CheckpointError: it cannot be read, or is not one.
         """
         try:
-            text = _read_text(path)
+            text = read_text(path, MOST_BYTES)
             _check_merges(text)
             backend = tokenizers.Tokenizer.from_str(text)
             for part in (backend.normalizer, backend.pre_tokenizer, backend.post_processor, backend.decoder):
@@ -412,11 +412,12 @@ MOST_GROWTH = 64
 """By how much normalising or decoding may lengthen a text: a hundred replacements of "a" by "aa" would never end."""
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path, most: int) -> str:
+    """A text file of at most so many bytes; raises ValueError where it has more, or is not UTF-8."""
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
-        if size > MOST_BYTES:
-            raise ValueError(f"it has {size:,} bytes, more than {MOST_BYTES:,}")
+        if size > most:
+            raise ValueError(f"it has {size:,} bytes, more than {most:,}")
         return file.read(size).decode("utf-8")  # never `read(most)`: it takes that memory first
 
 
