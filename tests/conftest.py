@@ -20,7 +20,10 @@ install_import_hook(
     ["infopt.cache", "infopt.masks", "infopt.ops", "infopt.qtensor", "infopt.sampling"], "beartype.beartype"
 )
 
-from infopt.testing import cheap_compilation  # noqa: E402 (after the hook that it goes through)
+from infopt.model import FAMILIES  # noqa: E402 (after the hook that it goes through)
+from infopt.testing import cheap_compilation  # noqa: E402
+
+OWN_FAMILIES = frozenset(FAMILIES)  # before any test defines one
 
 os.environ.setdefault("XLA_FLAGS", cheap_compilation())
 jax.config.update("jax_platforms", "cpu")
@@ -39,6 +42,12 @@ def no_network(monkeypatch):
         return connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture(scope="session")
+def own_families() -> frozenset[str]:
+    """The library's families, without those that other tests define in this process."""
+    return OWN_FAMILIES
 
 
 @pytest.fixture(scope="session")
