@@ -245,6 +245,7 @@ HELP = """\
 /undo         take the last message and its answer back
 /edit TEXT    put TEXT in the last message's place, and answer it
 /reset        begin again, with the same system message
+/stack        the model and its transforms
 /stack TEXT   go on with another stack; none for the bare model
 /stats        what the last answer took, and how much of the history was read in for it
 /save FILE    write the messages as JSON
@@ -318,6 +319,8 @@ def _obey(chat: Chat, line: str, stacked: Callable[[str], tuple[Model, Params]])
     elif word == "/stats":
         print("nothing was asked yet" if chat.turn is None else chat.turn)
         print(chat.model)
+    elif line == "/stack":
+        print(chat.model)
     elif word in ("/edit", "/save", "/stack"):
         if not rest:
             raise InfoptError(f"{word} stands alone.", why="it needs something after it.", fix="see /help")
@@ -325,6 +328,7 @@ def _obey(chat: Chat, line: str, stacked: Callable[[str], tuple[Model, Params]])
             _show(chat.edit(rest))
         elif word == "/save":
             chat.save(rest)
+            print(f"{len(chat.messages)} messages are in {rest}")
         else:
             chat.switch(*stacked(rest))
     else:

@@ -402,8 +402,9 @@ def test_commands_edit_the_history_and_change_the_stack(talk: Any, tmp_path: Pat
     assert (code, err) == (0, [])
     assert [m["content"] for m in json.loads(path.read_text())][::2] == ["Three", "Four"]
     assert any("quantize(bits=8) | cache_kv()" in line for line in out)
-    code, out, err = talk("One", "/reset", "/stats", f"/save {path}", "/help", "/stack none", "/stats")
+    code, out, err = talk("One", "/reset", "/stats", f"/save {path}", "/help", "/stack none", "/stack")
     assert code == 0 and json.loads(path.read_text()) == []
+    assert f"0 messages are in {path}" in out
     assert any(line.startswith("/undo") for line in out) and any("| (bare)" in line for line in out)
 
 

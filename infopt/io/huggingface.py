@@ -858,8 +858,15 @@ def _unknown(folder: Path, settings: _Json, kind: str) -> CheckpointError:
         bare = (re.sub(r"^((transformer|model|language_model)\.)+", "", name) for name in there)
         return wanted, [name for name in bare if not name.endswith("rotary_emb.inv_freq")]
 
-    candidates = {known: Candidate(settings.values, reader(known), where=settings.where) for known in MODEL_TYPES}
-    return unknown_architecture(str(folder), kind, candidates, names)
+    top, text = settings.values, settings.values.get("text_config")
+    whole = isinstance(text, dict)  # as a "gemma3": its text is a part, which the others are compared with
+    inner = {**{k: v for k, v in top.items() if k != "text_config"}, **text} if whole else top
+    candidates = {
+        known: Candidate(inner if plain else top, reader(known), where=settings.where)
+        for known, family in MODEL_TYPES.items()
+        if (plain := known == PUBLISHED[family].model_type) or whole
+    }
+    return unknown_architecture(str(folder), kind, candidates, names, str(inner.get("model_type")))
 
 
 def _read_config(settings: _Json, kind: str, context: int | None) -> Config:

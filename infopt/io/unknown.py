@@ -23,8 +23,15 @@ INERT = frozenset((
     "transformers_version", "use_cache",
 ))  # fmt: skip
 """Keys of a config.json that say nothing of what is computed."""
+SIZES = frozenset((
+    "hidden_size", "intermediate_size", "n_embd", "n_head", "n_layer", "num_attention_heads", "num_hidden_layers",
+    "vocab_size",
+))  # fmt: skip
+"""Keys of a config.json that a foreign config lacks where it lacks them: a reader may have a default for its own."""
 SHOWN = 6
 """Names of each kind that a message lists."""
+NEAREST = 4
+"""Known architectures, the nearest by their configs, whose tensors are compared."""
 
 
 class Asked(dict[str, Any]):
@@ -127,6 +134,7 @@ def unknown_architecture(
     name: str,
     candidates: Mapping[str, Candidate],
     names: Callable[[Any], tuple[Iterable[str], Iterable[str]]],
+    like: str | None = None,
 ) -> CheckpointError:
     """The error that names the nearest known architecture and what differs.
 
@@ -135,6 +143,7 @@ def unknown_architecture(
       name: its architecture.
       candidates: the known ones by name.
       names: of what a reader found, the tensors that it wants, and those that there are.
+      like: what its part that reads text says it is, where that is a part; else its name.
     """
     found = {known: compare(candidate) for known, candidate in candidates.items()}
     # What is turned off is not asked about further: so once more with all of it turned on.
@@ -151,26 +160,41 @@ def unknown_architecture(
         own = (key for key, value in c.values.items() if key.startswith(c.prefix) and value is not None)
         return [key for key in own if key not in asked and key not in INERT]
 
+    def lacks(known: str) -> list[str]:
+        d, values = found[known], candidates[known].values
+        return [*d.missing, *sorted(k for k in d.asked & SIZES if values.get(k) is None and k not in d.missing)]
+
     def cost(known: str) -> int:
         d = found[known]
-        return len(unknown(known)) + len(d.missing) + len(d.refused) + 10 * bool(d.stopped)
+        return len(unknown(known)) + len(lacks(known)) + len(d.refused) + 10 * bool(d.stopped)
 
-    near = min(difflib.get_close_matches(name[:60], candidates, n=3, cutoff=0.6) or candidates, key=cost)
-    d, c = found[near], candidates[near]
+    def tensors(known: str) -> tuple[list[str], list[str]] | None:
+        """Names that only the file has, and that only the known one has; None where they cannot be compared."""
+        d = found[known]
+        if d.found is None:
+            return None
+        try:
+            wanted, there = (dict.fromkeys(re.sub(r"\.\d+\.", ".N.", t) for t in side) for side in names(d.found))
+        except (CheckpointError, OSError):  # no tensors, or damaged ones, which are not what is refused here
+            return None
+        return [t for t in there if t not in wanted], [t for t in wanted if t not in there]
+
+    named = difflib.get_close_matches((like or name)[:60], candidates, n=3, cutoff=0.6)
+    pool = sorted(named or candidates, key=cost)[:NEAREST]
+    differs = {known: tensors(known) for known in pool}
+    near = min(pool, key=lambda known: cost(known) + sum(map(len, differs[known] or ())))
+    d, c, apart = found[near], candidates[near], differs[near]
+    also, without = apart or ([], [])
     lists: dict[str, Iterable[str]] = {
         "its config also has": unknown(near),
         "its config asks for what is not computed there": d.refused,
-        "its config lacks": d.missing,
+        "its config lacks": lacks(near),
+        "it also has the tensors": also,
+        "it lacks the tensors": without,
     }
-    silent = "nothing that its config shows"
-    if d.found is not None:
-        try:
-            wanted, there = ([re.sub(r"\.\d+\.", ".N.", tensor) for tensor in side] for side in names(d.found))
-            lists["it also has the tensors"] = [tensor for tensor in there if tensor not in {*wanted}]
-            lists["it lacks the tensors"] = [tensor for tensor in wanted if tensor not in {*there}]
-            silent = "nothing that its config or the names of its tensors show"
-        except (CheckpointError, OSError):  # no tensors, or damaged ones, which are not what is refused here
-            silent += ", and its tensors cannot be read"
+    silent = "nothing that its config or the names of its tensors show"
+    if apart is None:
+        silent = "nothing that its config shows, and its tensors cannot be read"
     told = [f"{what}: {_some(keys, c.prefix)}" for what, keys in lists.items() if keys]
     told += [f"{near}'s reader came to no end: {d.stopped[:100]}"] if d.stopped else []
     return CheckpointError(

@@ -98,6 +98,33 @@ def test_every_reader_knows_what_its_own_fixture_says(kind: str, family: str, tm
     assert "lacks" not in said and "tensors:" not in said and "not computed there" not in said
 
 
+def test_tensors_tell_apart_what_configs_do_not(tmp_path: Path) -> None:
+    """By its config alone, a qwen3 of another name could be a qwen2 as well."""
+    assert why(renamed(tmp_path, "qwen3", "olmo2", {})).startswith(
+        "the nearest known one is 'qwen3'; what differs: nothing"
+    )
+
+
+def test_sizes_under_other_names_are_lacking(tmp_path: Path) -> None:
+    t5 = {"model_type": "t5", "d_model": 512, "d_ff": 2048, "num_layers": 6, "num_heads": 8, "vocab_size": 320}
+    (tmp_path / "config.json").write_text(json.dumps(t5))
+    said = why(tmp_path)
+    assert "its config also has: d_model, d_ff, num_layers, num_heads" in said
+    assert re.search(r"its config lacks: [\w, ]*hidden_size", said)
+
+
+def test_the_text_of_a_model_that_sees_is_compared_by_itself(tmp_path: Path) -> None:
+    config = json.loads((FIXTURES / "llama" / "config.json").read_text())
+    shutil.copy(FIXTURES / "llama" / "model.safetensors", tmp_path)
+    for name, added in (("llava", {}), ("llama4", {"model_type": "llama4_text", "interleave_moe_layer_step": 1})):
+        whole = {"model_type": name, "text_config": config | added, "vision_config": {"hidden_size": 3}}
+        (tmp_path / "config.json").write_text(json.dumps(whole))
+        assert why(tmp_path) == (
+            "the nearest known one is 'llama'; what differs: its config also has: "
+            f"{', '.join(['vision_config', *list(added)[1:]])}."
+        )
+
+
 def test_a_folder_without_readable_tensors_says_so(tmp_path: Path) -> None:
     folder = renamed(tmp_path, "llama", "lama", {})
     (folder / "model.safetensors").write_bytes(b"damaged")
