@@ -4,12 +4,14 @@ import contextlib
 import hashlib
 import http.server
 import ipaddress
+import itertools
 import json
 import os
 import re
 import socket
 import threading
 import urllib.parse
+from pathlib import Path
 
 import jax
 import pytest
@@ -20,7 +22,8 @@ install_import_hook(
     ["infopt.cache", "infopt.masks", "infopt.ops", "infopt.qtensor", "infopt.sampling"], "beartype.beartype"
 )
 
-from infopt.model import FAMILIES  # noqa: E402 (after the hook that it goes through)
+from infopt.generation import _compiled  # noqa: E402
+from infopt.model import FAMILIES, build  # noqa: E402 (after the hook that it goes through)
 from infopt.testing import cheap_compilation  # noqa: E402
 
 OWN_FAMILIES = frozenset(FAMILIES)  # before any test defines one
@@ -29,6 +32,22 @@ os.environ.setdefault("XLA_FLAGS", cheap_compilation())
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+MOST_MAPS, EACH = 20_000, 10
+_tests = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def few_programs():
+    """Compiled programs are dropped before the process has too many: each takes several maps of memory, of which Linux
+    gives a process 65,530 (vm.max_map_count), and XLA crashes where it gets no more."""
+    yield
+    maps = Path("/proc/self/maps")
+    if next(_tests) % EACH == 0 and maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPS:
+        jax.clear_caches()
+        build.cache_clear()
+        _compiled.cache_clear()
 
 
 @pytest.fixture(autouse=True)
