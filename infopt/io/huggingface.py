@@ -849,9 +849,11 @@ def _unknown(folder: Path, settings: _Json, kind: str) -> CheckpointError:
     def reader(known: str) -> Callable[[Asked], tuple[str, Config]]:
         return lambda values: (MODEL_TYPES[known], _read_config(_Json(settings.where, values), known, None))
 
+    tensors = functools.cache(lambda: _open_shards(folder))
+
     def names(found: tuple[str, Config]) -> tuple[Iterable[str], Iterable[str]]:
         family, config = found
-        there = _open_shards(folder)
+        there = tensors()
         check_layers(str(folder), config.layers, len(there), getattr(config, "experts", 0))
         expected = shapes(Model.of(FAMILIES[family], config).spec)
         wanted = file_shapes(PUBLISHED[family].sources(expected, ""), expected)
