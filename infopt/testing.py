@@ -33,6 +33,7 @@ from flax import nnx
 from infopt import models
 from infopt.cache import rollback
 from infopt.errors import InfoptError, nearest
+from infopt.generation import _compiled
 from infopt.model import Model, Weights, build
 from infopt.nnx import from_nnx
 from infopt.nnx.example import Transformer
@@ -280,6 +281,13 @@ def params_digest(params: Params) -> str:
     return h.hexdigest()[:12]
 
 
+def drop_programs() -> None:
+    """Drop all compiled programs: a process that compiles hundreds of stacks runs out of memory, or of maps of it."""
+    jax.clear_caches()
+    build.cache_clear()
+    _compiled.cache_clear()
+
+
 def wants_generation(spec: Spec) -> bool:
     """Logits are checked in every stack; tokens in speculative ones and in a third of the others."""
     return spec.program is not None or zlib.crc32(spec.to_json().encode()) % 3 == 0
@@ -321,8 +329,7 @@ def check_orders(
         key = (model.spec, params_digest(converted))
         if key not in seen:
             if (since := since + 1) % 40 == 0:  # compiled programs are not freed by themselves: 110 ran out of memory
-                jax.clear_caches()
-                build.cache_clear()
+                drop_programs()
             name = hashlib.sha256((model.spec.to_json() + key[1]).encode()).hexdigest()[:10]
             try:
                 verify(model, converted, generation=generation and wants_generation(model.spec))

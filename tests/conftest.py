@@ -22,9 +22,8 @@ install_import_hook(
     ["infopt.cache", "infopt.masks", "infopt.ops", "infopt.qtensor", "infopt.sampling"], "beartype.beartype"
 )
 
-from infopt.generation import _compiled  # noqa: E402
-from infopt.model import FAMILIES, build  # noqa: E402 (after the hook that it goes through)
-from infopt.testing import cheap_compilation  # noqa: E402
+from infopt.model import FAMILIES  # noqa: E402 (after the hook that it goes through)
+from infopt.testing import cheap_compilation, drop_programs  # noqa: E402
 
 OWN_FAMILIES = frozenset(FAMILIES)  # before any test defines one
 
@@ -45,9 +44,7 @@ def few_programs():
     yield
     maps = Path("/proc/self/maps")
     if next(_tests) % EACH == 0 and maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPS:
-        jax.clear_caches()
-        build.cache_clear()
-        _compiled.cache_clear()
+        drop_programs()
 
 
 @pytest.fixture(autouse=True)
