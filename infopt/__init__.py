@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from infopt import bench, models, testing
+    from infopt import bench, models, testing, texts, train
     from infopt.cache import State, rollback
     from infopt.chat import Chat
     from infopt.errors import InfoptError, TransformOrderError
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_MODULES = ("bench", "models", "testing")
+_MODULES = ("bench", "models", "testing", "texts", "train")
 _NAMES = {
     "cache": ("State", "rollback"),
     "chat": ("Chat",),

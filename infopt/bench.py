@@ -7,11 +7,9 @@ import json
 import os
 import platform
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -22,19 +20,17 @@ from jax import lax
 
 import infopt
 from infopt.errors import InfoptError
-from infopt.generation import BUCKETS, compiled
+from infopt.generation import compiled
 from infopt.io import load
-from infopt.model import Model, build
+from infopt.model import Model
 from infopt.sampling import Sampling, sample
+from infopt.timing import decoding, interleaved, prefilled, timed
 from infopt.transforms import cache_kv, quantize, self_draft, speculative
 from infopt.typing import Array, Params
 
 PREFILL, PROMPT, NEW = 512, 128, 128
 """Tokens of the prefill that is timed; of the prompt before decoding; decoded: a context of 256 at the end."""
 STEAM = "The history of the steam engine begins in the first century, when"
-
-
-# ------------------------------------------------------------------------------------------------------ the yardstick
 
 
 def yardstick(
@@ -109,59 +105,6 @@ def yardstick(
     return jax.jit(prefill), jax.jit(decode)
 
 
-# ------------------------------------------------------------------------------------------------------------ timing
-
-
-def interleaved(runs: dict[str, Callable[[], float]], repeats: int) -> dict[str, float]:
-    """The median seconds of each run, taken in turn, `repeats` times, after one turn that is not counted."""
-    taken: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(repeats + 1):
-        for name, run in runs.items():
-            seconds = run()
-            if turn:
-                taken[name].append(seconds)
-    return {name: statistics.median(seconds) for name, seconds in taken.items()}
-
-
-def _timed(run: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    jax.block_until_ready(run())
-    return time.perf_counter() - start
-
-
-def _prefill(model: Model, params: Params, tokens: np.ndarray, length: int) -> Any:
-    """A state that holds all tokens but the last, as `generate` reads them."""
-    state = build(model.spec).init_state(1, length, chunk=max(BUCKETS))
-    read, _ = compiled(model.spec)
-    for start in range(0, len(tokens) - 1, max(BUCKETS)):
-        piece = tokens[start : start + max(BUCKETS)]
-        count = min(len(piece), len(tokens) - 1 - start)
-        padded = np.zeros((1, max(BUCKETS)), np.int32)
-        padded[0, : len(piece)] = piece
-        state = read(params, jnp.asarray(padded), state, jnp.asarray([count], jnp.int32))
-    return state
-
-
-def _decoding(model: Model, params: Params, tokens: np.ndarray, length: int, new: int) -> Callable[[], float]:
-    """A run that decodes `new` greedy tokens after `tokens`, and takes only that time."""
-    _, rounds = compiled(model.spec)
-
-    def run() -> float:
-        state, last = _prefill(model, params, tokens, length), jnp.asarray(tokens[-1:], jnp.int32)
-        jax.block_until_ready(state.lengths)
-        budget, seconds = jnp.asarray([new], jnp.int32), 0.0
-        while int(budget[0]):
-            compiling = rounds.seconds
-            start = time.perf_counter()
-            last, state, budget, *_ = jax.block_until_ready(
-                rounds(params, last, state, Sampling.of(1), budget, jnp.asarray([-2], jnp.int32), jnp.int32(32))
-            )
-            seconds += time.perf_counter() - start - (rounds.seconds - compiling)
-        return seconds
-
-    return run
-
-
 def _first_token(model: str, cache: str) -> float:
     """Seconds from the start of `infopt generate` to its first token, as it says itself, in a new process."""
     env = {k: v for k, v in os.environ.items() if k != "INFOPT_COMPILE_CACHE"} | {
@@ -201,10 +144,10 @@ def generate(name: str = "smollm2-135m", repeats: int = 5) -> dict[str, Any]:
     whole, empty = jax.jit(model.hidden), model.init_state(1, PREFILL)
     hand_cache, _ = by_hand[spellings[0]][0](params, jnp.asarray(prompt[:-1]))
     runs: dict[str, Callable[[], float]] = {
-        "prefill cached": lambda: _timed(lambda: _prefill(cached, params, long, PREFILL).lengths),
-        "prefill uncached": lambda: _timed(lambda: whole(params, jnp.asarray(long)[None], empty)[0]),
-        "decode cached": _decoding(cached, params, prompt, length, NEW),
-        "decode uncached": _decoding(model, params, rng.integers(0, vocab, length - 2).astype(np.int32), length, 2),
+        "prefill cached": lambda: timed(lambda: prefilled(cached, params, long, PREFILL).lengths),
+        "prefill uncached": lambda: timed(lambda: whole(params, jnp.asarray(long)[None], empty)[0]),
+        "decode cached": decoding(cached, params, prompt, length, NEW),
+        "decode uncached": decoding(model, params, rng.integers(0, vocab, length - 2).astype(np.int32), length, 2),
     }
     tokens = {
         "prefill cached": PREFILL,
@@ -213,10 +156,10 @@ def generate(name: str = "smollm2-135m", repeats: int = 5) -> dict[str, Any]:
         "decode uncached": 2,
     }
     for product in spellings:
-        runs[f"prefill yardstick, {product}"] = lambda run=long_by_hand[product]: _timed(
+        runs[f"prefill yardstick, {product}"] = lambda run=long_by_hand[product]: timed(
             lambda: run(params, jnp.asarray(long))[1]
         )
-        runs[f"decode yardstick, {product}"] = lambda run=by_hand[product][1]: _timed(
+        runs[f"decode yardstick, {product}"] = lambda run=by_hand[product][1]: timed(
             lambda: run(params, hand_cache, jnp.asarray(prompt[-1]), jnp.int32(PROMPT - 1))
         )
         tokens |= {f"prefill yardstick, {product}": PREFILL, f"decode yardstick, {product}": NEW}
@@ -228,7 +171,7 @@ def generate(name: str = "smollm2-135m", repeats: int = 5) -> dict[str, Any]:
     }
     for label, stack in stacks.items():
         made = stack(model)
-        runs[f"decode {label}"] = _decoding(made, made.convert(params), prompt, length, 32)
+        runs[f"decode {label}"] = decoding(made, made.convert(params), prompt, length, 32)
         tokens[f"decode {label}"] = 32
 
     logits = jax.random.normal(jax.random.key(0), (1, 1, vocab)) * 3
@@ -237,7 +180,7 @@ def generate(name: str = "smollm2-135m", repeats: int = 5) -> dict[str, Any]:
     for label, options in {"greedy": {}, "top-k and top-p": dict(temperature=0.8, top_k=40, top_p=0.95)}.items():
         s = Sampling.of(1, **options)
         runs[f"sample {label}"] = lambda s=s: (
-            _timed(lambda: [draw(logits, s, text, jnp.full((1, 1), length, jnp.int32)) for _ in range(10)]) / 10
+            timed(lambda: [draw(logits, s, text, jnp.full((1, 1), length, jnp.int32)) for _ in range(10)]) / 10
         )
 
     seconds = interleaved(runs, repeats)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import infopt as ip
-from infopt import bench
+from infopt import bench, timing
 
 
 @pytest.mark.parametrize("product", ["x @ w.T", "einsum"])
@@ -33,4 +33,4 @@ def test_other_models_have_no_yardstick() -> None:
 
 def test_a_median_is_over_the_runs_after_the_first() -> None:
     seconds = iter([9.0, 1.0, 2.0, 6.0])
-    assert bench.interleaved({"a": lambda: next(seconds)}, 3) == {"a": 2.0}
+    assert timing.interleaved({"a": lambda: next(seconds)}, 3) == {"a": 2.0}

@@ -14,6 +14,7 @@ PACKAGE = Path(infopt.__file__).parent
 
 ROOMS: list[tuple[str, ...]] = [
     ("errors", "typing", "interrupts"),
+    ("texts",),
     ("devices",),
     ("qtensor",),
     ("spec",),
@@ -28,7 +29,7 @@ ROOMS: list[tuple[str, ...]] = [
     ("reference",),
     ("io",),
     ("generation",),
-    ("planner", "chat"),
+    ("planner", "chat", "train", "timing"),
     ("testing",),
     ("infopt",),  # the package's own face, which gathers what is above it
     ("bench",),

@@ -1,0 +1,178 @@
+"""Training: the loss it says, runs that go on as if they had not stopped, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import infopt as ip
+import infopt.train as training
+from infopt import reference
+from infopt.errors import InfoptError
+from infopt.model import Weights
+from infopt.train import Training, batch_of, fit, loss_of
+
+MODEL = ip.models.llama(vocab=11, layers=2, dim=16, context=64)
+START = MODEL.init(jax.random.key(0))
+TEXT = np.random.default_rng(0).integers(0, 11, 500)
+PLAN = Training(steps=7, batch=4, length=12, warmup=2)
+
+
+def same(a: Any, b: Any) -> bool:
+    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+@pytest.fixture(scope="module")
+def whole() -> tuple[Any, np.ndarray]:
+    return fit(MODEL, START, TEXT, PLAN)
+
+
+def test_the_loss_is_the_references() -> None:
+    tokens = TEXT[:24].reshape(2, 12)
+    want = []
+    for row in tokens:
+        logits = reference.reference(MODEL.spec, Weights.of(MODEL.spec, START), row)
+        logits -= logits.max(-1, keepdims=True)
+        logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        want += [-logp[t, row[t + 1]] for t in range(len(row) - 1)]
+    assert abs(float(loss_of(MODEL, START, jnp.asarray(tokens))) - np.mean(want)) < 1e-6
+
+
+def test_a_run_lowers_the_loss_of_text_that_has_a_rule() -> None:
+    plan = dataclasses.replace(PLAN, steps=40, rate=1e-2, warmup=5)
+    params, losses = fit(MODEL, START, np.arange(500) % 11, plan)
+    assert losses[0] > 2 and losses[-1] < losses[0] / 3
+    assert float(loss_of(MODEL, params, jnp.arange(24)[None] % 11)) < 1
+
+
+def test_the_params_given_are_left_as_they_are(whole: Any) -> None:
+    assert same(START, MODEL.init(jax.random.key(0))) and not same(START, whole[0])
+
+
+@pytest.mark.parametrize("stop", [1, 3, 5])
+def test_a_run_that_is_killed_goes_on_to_the_very_same_params(
+    stop: int, whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def kill(text: np.ndarray, plan: Training, step: int) -> np.ndarray:
+        if step == stop:
+            raise Killed
+        return batch_of(text, plan, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "batch_of", kill)
+        with pytest.raises(Killed):
+            fit(MODEL, START, TEXT, PLAN, folder=tmp_path, every=2)
+    seen = []
+    monkeypatch.setattr(training, "batch_of", lambda *args: (seen.append(args[2]), batch_of(*args))[1])
+    params, losses = fit(MODEL, START, TEXT, PLAN, folder=tmp_path, every=2)
+    assert seen == list(range(stop // 2 * 2, 7)), "from the latest checkpoint on"
+    assert same(params, whole[0]) and np.array_equal(losses, whole[1])
+
+
+def test_a_run_that_is_done_is_not_done_again(whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, first = fit(MODEL, START, TEXT, PLAN, folder=tmp_path, until=4)
+    assert np.array_equal(first, whole[1][:4])
+    fit(MODEL, START, TEXT, PLAN, folder=tmp_path)
+    monkeypatch.setattr(training, "batch_of", lambda *_: pytest.fail("a step was done again"))
+    params, losses = fit(MODEL, START, TEXT, PLAN, folder=tmp_path)
+    assert same(params, whole[0]) and np.array_equal(losses, whole[1])
+
+
+def test_a_batch_in_parts_has_the_gradient_of_the_whole(whole: Any) -> None:
+    params, losses = fit(MODEL, START, TEXT, dataclasses.replace(PLAN, accumulate=2))
+    assert np.abs(losses - whole[1]).max() < 1e-4
+    assert all(
+        np.allclose(x, y, atol=1e-3) for x, y in zip(jax.tree.leaves(params), jax.tree.leaves(whole[0]), strict=True)
+    )
+
+
+def test_only_matrices_decay() -> None:
+    """With a learning rate and no gradient, AdamW would shrink what decays alone."""
+    still = dataclasses.replace(PLAN, steps=3, warmup=0, decay=0.5, clip=0.0)
+    params, _ = fit(MODEL, START, TEXT, still)
+    before, after = Weights.of(MODEL.spec, START), Weights.of(MODEL.spec, params)
+    for name in before:
+        shrunk = float(jnp.linalg.norm(after[name])) < 0.999 * float(jnp.linalg.norm(before[name]))
+        assert shrunk == (before[name].ndim > 1), name
+
+
+def test_another_runs_checkpoints_are_refused(tmp_path: Path) -> None:
+    fit(MODEL, START, TEXT, PLAN, folder=tmp_path, until=2)
+    other = jax.tree.map(lambda x: x + 1, START)
+    for changed, said in (
+        (dict(plan=dataclasses.replace(PLAN, seed=1)), "plan differ"),
+        (dict(params=other), "params differ"),
+        (dict(tokens=TEXT[::-1]), "text differ"),
+    ):
+        given: dict[str, Any] = dict(params=START, tokens=TEXT, plan=PLAN) | changed
+        with pytest.raises(InfoptError, match=said):
+            fit(MODEL, given["params"], given["tokens"], given["plan"], folder=tmp_path)
+
+
+def test_a_loss_that_is_no_number_ends_the_run_with_the_last_checkpoint_kept(tmp_path: Path) -> None:
+    plan = dataclasses.replace(PLAN, steps=20, rate=1e30, warmup=3, clip=1e30)
+    with pytest.raises(InfoptError, match="the loss of step"):
+        fit(MODEL, START, TEXT, plan, folder=tmp_path, every=1)
+    assert [p for p in tmp_path.iterdir() if p.name.isdigit()]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (dict(steps=0), "steps=0"),
+        (dict(batch=True), "batch=True"),
+        (dict(length=1), "length=1"),
+        (dict(rate=float("nan")), "rate=nan"),
+        (dict(decay=-1.0), "decay=-1"),
+        (dict(batch=3, accumulate=2), "equal parts"),
+    ],
+)
+def test_a_plan_that_is_none_is_refused(change: dict[str, Any], said: str) -> None:
+    with pytest.raises(InfoptError, match=said):
+        dataclasses.replace(PLAN, **change)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (dict(tokens=TEXT[:5]), "cannot be trained on"),
+        (dict(tokens=TEXT.astype(float)), "cannot be trained on"),
+        (dict(tokens=TEXT + 5), "tokens from 5 to 15"),
+        (dict(plan=dataclasses.replace(PLAN, length=65)), "context of 64"),
+        (dict(params=jax.tree.map(lambda x: x.astype(jnp.bfloat16), START)), "16 bits"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(change: dict[str, Any], said: str) -> None:
+    given: dict[str, Any] = dict(params=START, tokens=TEXT, plan=PLAN) | change
+    with pytest.raises(InfoptError, match=said):
+        fit(MODEL, given["params"], given["tokens"], given["plan"])
+
+
+@pytest.mark.parametrize("transform", [ip.quantize(bits=8), ip.cache_kv()], ids=repr)
+def test_a_stack_that_gradients_do_not_reach_is_refused(transform: ip.Transform, tmp_path: Path) -> None:
+    model = transform(MODEL)
+    with pytest.raises(InfoptError, match="cannot be trained"):
+        fit(model, model.convert(START), TEXT, PLAN)
+
+
+def test_a_stack_of_windows_and_pooled_heads_is_trained() -> None:
+    model = (ip.gqa(1) | ip.sliding_window(6, sinks=1))(MODEL)
+    _, losses = fit(model, model.convert(START), np.arange(500) % 11, dataclasses.replace(PLAN, steps=30, rate=1e-2))
+    assert losses[-1] < losses[0] / 2
+
+
+def test_a_folder_that_is_a_file_is_refused_before_any_step(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InfoptError, match="checkpoints"):
+        fit(MODEL, START, TEXT, PLAN, folder=tmp_path / "file")
+    shutil.rmtree(tmp_path)
