@@ -14,6 +14,19 @@ if TYPE_CHECKING:
     from infopt.cache import State, rollback
     from infopt.chat import Chat
     from infopt.errors import InfoptError, TransformOrderError
+    from infopt.evaluate import (
+        Agreement,
+        Estimate,
+        Scores,
+        Windows,
+        check_disjoint,
+        difference,
+        greedy_agreement,
+        loglikelihood,
+        measure,
+        noise_floor,
+        windows,
+    )
     from infopt.generation import Chunk, Generation, generate, stream
     from infopt.io import load
     from infopt.io.export import export
@@ -45,6 +58,19 @@ _NAMES = {
     "cache": ("State", "rollback"),
     "chat": ("Chat",),
     "errors": ("InfoptError", "TransformOrderError"),
+    "evaluate": (
+        "Agreement",
+        "Estimate",
+        "Scores",
+        "Windows",
+        "check_disjoint",
+        "difference",
+        "greedy_agreement",
+        "loglikelihood",
+        "measure",
+        "noise_floor",
+        "windows",
+    ),
     "generation": ("Chunk", "Generation", "generate", "stream"),
     "io": ("load",),
     "io.export": ("export",),

@@ -50,6 +50,10 @@ class SamplingError(InfoptError):
     """A sampling option is outside the range where it means something."""
 
 
+class EvaluationError(InfoptError):
+    """A text, a model or a row of scores cannot be measured, or not be compared."""
+
+
 class CheckpointError(InfoptError):
     """A model file is damaged, foreign, does not hold what its config says, or cannot be written."""
 

@@ -29,7 +29,7 @@ ROOMS: list[tuple[str, ...]] = [
     ("reference",),
     ("io",),
     ("generation",),
-    ("planner", "chat", "train", "timing"),
+    ("planner", "chat", "train", "timing", "evaluate"),
     ("testing",),
     ("infopt",),  # the package's own face, which gathers what is above it
     ("bench",),
