@@ -97,55 +97,66 @@ def _config_of(model: Model) -> Config:
             why=f"those with a counterpart in transformers are {', '.join(PUBLISHED)}.",
             fix="ip.save keeps it, for ip.load",
         )
-    if spec.program is not None:
-        raise CheckpointError(
-            "a speculative stack cannot be exported.",
-            why="it is two models, and the format holds one.",
-            fix="export its target, params['target'], with the model before speculative(...)",
-        )
+    config = said_by(model, "a config.json")
     if spec.weights:
         raise CheckpointError(
             f"packed weights cannot be exported: {spec.weights[0][0]} is packed as {spec.weights[0][1].name}.",
             why="transformers has other packings.",
             fix="dense = ip.dequantize()(model); ip.export(folder, dense, dense.convert(params, source=model))",
         )
+    return config
+
+
+def said_by(model: Model, form: str) -> Config:
+    """A config that says all that the stack computes, packed weights aside; raises where there is none.
+
+    Args:
+      form: what is to say it.
+    """
+    spec = model.spec
+    if spec.program is not None:
+        raise CheckpointError(
+            "a speculative stack cannot be exported.",
+            why="it is two models, and the format holds one.",
+            fix="export its target, params['target'], with the model before speculative(...)",
+        )
     if spec.kv is not None:
         raise CheckpointError(
             "a stack with rounded keys and values cannot be exported.",
-            why="a config.json cannot say them, and the folder would compute something else.",
+            why=f"{form} cannot say them, and what is written would compute something else.",
             fix="export the model before cache_kv(bits=...), with its params",
         )
     if model.tokenizer is not None and not isinstance(model.tokenizer, Tokenizer):
         raise CheckpointError(
             f"a {type(model.tokenizer).__name__} cannot be exported as the model's tokenizer.",
-            why="a tokenizer.json is what is written of it.",
+            why="only infopt's own tokenizers can be written.",
             fix="dataclasses.replace(model, tokenizer=None)",
         )
-    return _with_windows(spec)
+    return _with_windows(spec, form)
 
 
-def _with_windows(spec: Spec) -> Config:
+def _with_windows(spec: Spec, form: str) -> Config:
     """The config, with the stack's windows as the family's own."""
     config, seen = spec.config, {window for window in spec.window if window is not None}
     if config.windows() == spec.window:
         return config
     fields = {field.name for field in dataclasses.fields(config)}
     if any(window.sinks for window in seen):
-        why = "a config.json cannot say sinks"
+        why = f"{form} cannot say sinks"
     elif "window" not in fields:
-        why = f"a config.json of {spec.family} cannot say windows"
+        why = f"{form} of {spec.family} cannot say windows"
     elif len(seen) > 1:
-        why = f"a config.json has one size for all windows, and these are {', '.join(sorted(map(str, seen)))} positions"
+        why = f"{form} has one size for all windows, and these are {', '.join(sorted(map(str, seen)))} positions"
     else:
         (window,) = seen
         local = {"local": tuple(window is not None for window in spec.window)} if "local" in fields else {}
         said = dataclasses.replace(config, **{"window": window.size} | local)
         if said.windows() == spec.window:
             return said
-        why = f"a config.json of {spec.family} cannot say which layers have windows"
+        why = f"{form} of {spec.family} cannot say which layers have windows"
     raise CheckpointError(
         f"a {spec.family} with these windows cannot be exported.",
-        why=f"{why}, and the folder would compute something else.",
+        why=f"{why}, and what is written would compute something else.",
         fix="export the model before sliding_window(...), with its params; ip.save keeps it, for ip.load",
     )
 

@@ -446,19 +446,26 @@ def _llama3_rope(f: File, theta: float, head_dim: int) -> Llama3Rope | None:
     factors = _dense(f.tensors[ROPE_FACTORS], np.dtype(np.float32)).ravel()
     if np.allclose(factors, 1):
         return None
-    wavelength = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
     factor = float(str(factors.max()))
     contexts = [f.fields.get("llama.rope.scaling.original_context_length", 8192), *(2**n for n in range(4, 18))]
     for context in contexts:
-        smooth = np.clip((context / wavelength - 1) / 3, 0, 1)
-        expected = 1 / ((1 - smooth) / factor + smooth)
+        rope = Llama3Rope(factor=factor, low_freq_factor=1.0, high_freq_factor=4.0, original_context=int(context))
+        expected = llama3_divisors(rope, theta, head_dim)
         if factors.shape == expected.shape and np.allclose(factors, expected, rtol=1e-4):
-            return Llama3Rope(factor=factor, low_freq_factor=1.0, high_freq_factor=4.0, original_context=int(context))
+            return rope
     raise CheckpointError(
         f"{f.name} stretches its rotary wavelengths ({ROPE_FACTORS}) in a way that is not Llama 3's.",
         why="with factors of another kind every logit would be wrong.",
         fix="load the Hugging Face folder of this model, whose config.json says how",
     )
+
+
+def llama3_divisors(rope: Llama3Rope, theta: float, head_dim: int) -> np.ndarray:
+    """What Llama 3's stretch divides each pair's frequency by, `[D / 2]`, float64."""
+    wavelength = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
+    spread = rope.high_freq_factor - rope.low_freq_factor
+    smooth = np.clip((rope.original_context / wavelength - rope.low_freq_factor) / spread, 0, 1)
+    return 1 / ((1 - smooth) / rope.factor + smooth)
 
 
 def _smollm3(f: File, context: int | None) -> tuple[str, Config]:
@@ -597,6 +604,18 @@ def half_split_rows(heads: int, head_dim: int) -> np.ndarray:
     return np.arange(heads * head_dim).reshape(heads, head_dim // 2, 2).swapaxes(1, 2).ravel()
 
 
+def row_order(family: str, config: Any, name: str, shape: tuple[int, ...]) -> np.ndarray | None:
+    """Which row of a weight's tensor is each of its rows; None where they stand as they are."""
+    if family in INTERLEAVED and name.endswith((".attn.q", ".attn.k")):
+        return half_split_rows(shape[0] // config.head_dim, config.head_dim)
+    return None
+
+
+def added(family: str, name: str) -> float:
+    """What a tensor's values have more than the weight's: Gemma's norms multiply by 1 + w, and a file holds 1 + w."""
+    return 1.0 if family in ("gemma2", "gemma3") and name.endswith("norm") else 0.0
+
+
 def _dense(t: Tensor, dtype: np.dtype[Any], order: np.ndarray | None = None, shift: float = 0.0) -> np.ndarray:
     """A tensor's values in `dtype`, its rows in the given order, `shift` added to each."""
     out = aligned_empty((len(t.rows), t.shape[-1] if t.shape else 1), dtype)
@@ -686,16 +705,12 @@ def open_checkpoint(path: Path, dtype: str, context: int | None = None) -> Check
     readers: dict[str, Callable[[], Any]] = {}
     for name, shape in expected.items():
         t = _rows(f.tensors[sources[name].files[0]], sources[name], shape)
-        order = None
-        if family in INTERLEAVED and name.endswith((".attn.q", ".attn.k")):
-            order = half_split_rows(shape[0] // config.head_dim, config.head_dim)
+        order = row_order(family, config, name, shape)
         if dtype == "keep" and t.type in KEPT and len(shape) > 1:
             formats[name] = KEPT[t.type]
             readers[name] = functools.partial(_packed, t, order)
         else:
-            # Gemma's norms multiply by 1 + w, and the file holds 1 + w.
-            shift = -1.0 if family in ("gemma2", "gemma3") and name.endswith("norm") else 0.0
-            readers[name] = functools.partial(_dense, t, DTYPES[dtype], order, shift)
+            readers[name] = functools.partial(_dense, t, DTYPES[dtype], order, -added(family, name))
     if dtype == "keep":
         _warn_of_unkept(f)
     return Checkpoint(family, config, formats, LazyWeights(readers), _tokenizer(f))

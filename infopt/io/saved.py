@@ -69,6 +69,8 @@ AGAIN = "save the stack again, or fetch the folder again"
 def save(folder: str | Path, model: Model, params: Params) -> None:
     """Save a stack: `ip.load(folder)` gives a model that computes the same, and its params, bit for bit.
 
+    A name that ends in `.gguf` is a GGUF file's, for llama.cpp too: `infopt.io.gguf_out.save` says what one can hold.
+
     What holds of the loaded model: Spec, Recipe, tokenizer, `exact` and repr are the saved one's, and the two are
     equal. It takes further transforms. It is a base: `convert` of it, and of what is made from it, starts from its own
     params, not from those of the model that it was once made from.
@@ -91,6 +93,10 @@ def save(folder: str | Path, model: Model, params: Params) -> None:
     >>> loaded == model, loaded.exact
     (True, False)
     """
+    if Path(folder).suffix == ".gguf":
+        from infopt.io import gguf_out  # it brings the gguf package
+
+        return gguf_out.save(Path(folder), model, params)
     folder = Path(folder).expanduser().resolve()
     check_params(model.spec, params)
     tokenizer, header = model.tokenizer, _header_of(model)
