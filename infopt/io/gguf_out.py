@@ -57,6 +57,14 @@ def save(path: Path, model: Model, params: Params) -> None:
       CheckpointError: a packing is no block of GGUF's; the stack, its config or its tokenizer is one that a GGUF file
         cannot say; the family has no architecture; the file cannot be written, or another kind of file is there.
       ParamsError: the params are not the model's.
+
+    >>> import infopt as ip, jax, tempfile
+    >>> model = ip.quantize(bits=8, group=32)(ip.models.llama())
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     ip.save(folder + "/small.gguf", model, model.init(jax.random.key(0)))
+    ...     loaded, params = ip.load(folder + "/small.gguf", dtype="keep")
+    >>> loaded.spec == model.spec
+    True
     """
     path = Path(path).expanduser().resolve()
     family, config = _said(model)
@@ -76,14 +84,15 @@ def save(path: Path, model: Model, params: Params) -> None:
 
 
 def _check_replaceable(path: Path) -> None:
-    if path.is_dir():
-        why = "it is a folder."
-    elif path.exists() and not path.is_file():
-        why = "it is no plain file."
-    elif path.exists() and path.stat().st_size and path.open("rb").read(4) != b"GGUF":
-        why = "it is not a GGUF file, and overwriting it might lose something."
-    else:
+    if not path.exists():
         return
+    if not path.is_file():
+        why = "it is no plain file."
+    else:
+        with path.open("rb") as file:
+            if file.read(4) in (b"", b"GGUF"):
+                return
+        why = "it is not a GGUF file, and overwriting it might lose something."
     raise CheckpointError(
         f"{path} is there already, and is left alone.", why=why, fix="give another name, or remove this one"
     )
@@ -547,8 +556,8 @@ def _essence(tokenizer: Tokenizer, ids: set[int]) -> dict[str, Any]:
             *(bool(model.get(key)) for key in ("byte_fallback", "ignore_merges")),
             (unknown, unknown and model["fuse_unk"]),
         ],
-        "tokens that are matched whole": [token for token in whole if token["id"] in ids],
         "normalizer": steps["normalizer"],
+        "tokens that are matched whole": [token for token in whole if token["id"] in ids],
         "pre-tokenizer": steps["pre_tokenizer"],
         "decoder": _decoder(state),
         "tokens around a text": _around(state["post_processor"]),
