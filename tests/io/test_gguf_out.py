@@ -290,7 +290,7 @@ def test_phi3s_blanks_are_dropped_still_and_llama_cpp_is_told_by_the_name(tmp_pa
 
 def test_chat_template_special_tokens_and_several_ends_go_along(tmp_path: Path) -> None:
     tokenizer = read(fields_of("qwen2"))
-    words = [tokenizer.backend.id_to_token(i) for i in range(tokenizer.vocab_size)]
+    words = [str(tokenizer.backend.id_to_token(i)) for i in range(tokenizer.vocab_size)]
     template = ChatTemplate(
         "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}",
         "{{ tools }}",
