@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -906,7 +907,7 @@ class Model:
         if self.spec.program:
             values += sum(int(np.prod(s)) for s in shapes(self.spec.program.draft).values())
         size = f"{self.weight_bytes() / values:.2f} bytes a weight ({human(self.weight_bytes())}, dense in float32)"
-        cached = f"{human(self.token_bytes())} a token" if self.spec.cache else "no cache"
+        cached = f"{self.token_bytes():,} bytes a token" if self.spec.cache else "no cache"
         c = self.spec.config
         return (
             f"{self.spec.family} {c.layers} x {c.dim} | {self.recipe}\n"
@@ -915,17 +916,16 @@ class Model:
 
 
 def _weight_bytes(spec: Spec) -> int:
-    formats, total = dict(spec.weights), 0.0
+    formats, total = dict(spec.weights), 0
     for name, shape in shapes(spec).items():
-        each = formats[name].bytes_per_value(shape[-1]) if name in formats else 4
-        total += np.prod(shape) * each
-    return int(total) + (_weight_bytes(spec.program.draft) if spec.program else 0)
+        total += formats[name].bytes(shape) if name in formats else 4 * math.prod(shape)
+    return total + (_weight_bytes(spec.program.draft) if spec.program else 0)
 
 
 def _token_bytes(spec: Spec) -> int:
     c = spec.config
-    each = 4 if spec.kv is None else spec.kv.bytes_per_value(c.head_dim)
-    own = int(2 * c.layers * c.kv_heads * c.head_dim * each) if spec.cache else 0
+    head = 4 * c.head_dim if spec.kv is None else spec.kv.bytes((c.head_dim,))
+    own = 2 * c.layers * c.kv_heads * head if spec.cache else 0
     return own + (_token_bytes(spec.program.draft) if spec.program else 0)
 
 

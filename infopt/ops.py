@@ -15,7 +15,7 @@ import numpy as np
 
 from infopt import cache as kv
 from infopt.masks import allowed, sink_query_position
-from infopt.qtensor import Format, _no_gradient, dequantize_array, is_qtensor, planes, round_trip, split_planes
+from infopt.qtensor import Format, dequantize_array, is_qtensor, no_gradient, planes, round_trip, split_planes, take
 from infopt.spec import LinearRope, Llama3Rope, RopeScaling, TableRope, Window, YarnRope
 from infopt.typing import Array, Float, Int
 
@@ -67,7 +67,7 @@ def linear(x: Float[Array, "*B I"], weights: Any, layer: Any = None, bias: Any =
     w = _at(weights, layer)
     rows = x.reshape(-1, x.shape[-1])
     if is_qtensor(w):
-        w = dataclasses.replace(w, scale=_no_gradient(w.scale))
+        w = no_gradient(w)
         parts = list(zip(split_planes(rows, w), planes(w), strict=True))
         in_place = LOOPS_IN_PLACE and len(parts) == 1  # unpacking nibbles inside the loop costs more than a copy
         y = functools.reduce(jnp.add, (_product(a, b.astype(x.dtype), in_place) for a, b in parts))
@@ -82,8 +82,7 @@ def embed(table: Any, tokens: Int[Array, "*B"]) -> Float[Array, "*B D"]:
     """Rows of a table `[V, D]`, dense or packed."""
     if not is_qtensor(table):
         return table[tokens]
-    table = dataclasses.replace(table, scale=_no_gradient(table.scale))
-    return dequantize_array(table[tokens])
+    return dequantize_array(take(no_gradient(table), tokens))
 
 
 def rms_norm(x: Float[Array, "*B D"], weight: Any, layer: Any, eps: float, offset: float = 0.0) -> Float[Array, "*B D"]:

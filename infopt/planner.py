@@ -161,7 +161,7 @@ def _layers(
 
     def copied(name: str, shape: tuple[int, ...], loop: bool) -> int:
         f = formats.get(name)
-        stays = len(shape) < 2 or (f is None and not loop) or (in_place and (f is None or f.row.bits == 8))
+        stays = len(shape) < 2 or (f is None and not loop) or (in_place and (f is None or f.row.codes == 1))
         return 0 if stays else math.prod(shape) * (4 if cpu else own)  # XLA's CPU code multiplies in float32
 
     times = 3 if c.kv_heads > 1 else 2

@@ -1,13 +1,4 @@
-"""QTensor: an array stored in few bits, as a pytree; and the table of its formats.
-
-Every format rounds along the last axis, in groups of `group` neighbours (the whole axis where group is None):
-
-    symmetric   x  =  scale * (code - zero)          codes 0..15 for 4 bits (zero 8), -127..127 for 8 bits (zero 0)
-    minimum     x  =  scale * code + minimum         codes 0..15
-
-4-bit codes lie two to a byte: byte j of a group holds element j in its low nibble and element j + group/2 in its high
-one (the order of GGUF's blocks, so that a file's blocks are kept without loss).
-"""
+"""QTensor: an array stored in few bits, as a pytree, packed and unpacked by its row of `infopt.formats`."""
 
 from __future__ import annotations
 
@@ -20,126 +11,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from infopt.errors import InfoptError, ParamsError, nearest
+from infopt.errors import ParamsError
+from infopt.formats import Format, Row
 from infopt.typing import Array
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """What a format is: the levels, the packing and the scale rule.
-
-    Args:
-      bits: bits a code takes in memory.
-      low, high: the least and the greatest code.
-      zero: the code that means 0 (symmetric formats).
-      rule: `absmax` (scale = max|x| / high), `extreme` (scale = the value of greatest magnitude / low, so that it
-        is hit exactly; Q4_0's rule) or `minmax` (scale = (max - min) / high, and a stored minimum; Q4_1's).
-    """
-
-    bits: int
-    low: int
-    high: int
-    zero: int
-    rule: str
-
-    @property
-    def minimum(self) -> bool:
-        return self.rule == "minmax"
-
-
-FORMATS: dict[str, Row] = {
-    "int8": Row(bits=8, low=-127, high=127, zero=0, rule="absmax"),
-    "int4": Row(bits=4, low=-8, high=7, zero=8, rule="extreme"),
-    "int4_min": Row(bits=4, low=0, high=15, zero=0, rule="minmax"),
-}
-
-
-@dataclasses.dataclass(frozen=True, order=True)
-class Format:
-    """A row of `FORMATS` and its group; static, hashable, JSON-able.
-
-    Args:
-      name: a key of `FORMATS`.
-      group: neighbours that share a scale; None is the whole last axis (one scale a channel of a weight, one a head
-        of a token in a cache).
-      scale: dtype of scales and minima.
-
-    >>> Format("int4", 32, "float16").bytes_per_value(576)
-    0.5625
-    """
-
-    name: str
-    group: int | None = None
-    scale: str = "float32"
-
-    def __post_init__(self) -> None:
-        if self.name not in FORMATS:
-            raise InfoptError(
-                f"unknown weight format {self.name!r}.",
-                why="codes mean values only by a row of the table of formats.",
-                fix=nearest(self.name, list(FORMATS)),
-            )
-        if self.group is not None and self.group < 1:
-            raise InfoptError(
-                f"a group of {self.group} values cannot share a scale.",
-                why="a group is some neighbours along the input axis.",
-                fix="group >= 1, or None",
-            )
-        if self.row.bits == 4 and self.group is not None and self.group % 2:
-            raise InfoptError(
-                f"a group of {self.group} 4-bit codes does not fill whole bytes.",
-                why="two codes share a byte, and a group must not share one.",
-                fix="an even group",
-            )
-
-    @property
-    def row(self) -> Row:
-        return FORMATS[self.name]
-
-    def group_of(self, width: int) -> int:
-        return self.group or width
-
-    def bytes_per_value(self, width: int) -> float:
-        """Bytes that one value takes, scales and minima included, in a last axis of `width` values."""
-        scales = np.dtype(self.scale).itemsize * (2 if self.row.minimum else 1)
-        return self.row.bits / 8 + scales / self.group_of(width)
-
-    def check_width(self, width: int, name: str) -> None:
-        """Raise unless the last axis of the tensor `name` splits into whole groups and bytes."""
-        group = self.group_of(width)
-        if width % group:
-            divisors = [d for d in range(2, width + 1) if width % d == 0 and d % (2 if self.row.bits == 4 else 1) == 0]
-            raise InfoptError(
-                f"group={group} does not divide {name}, whose rows have {width} values.",
-                why="every value needs a scale, and groups share none between rows.",
-                fix=f"a group that divides {width}: {', '.join(map(str, divisors[-6:]))}"
-                if divisors
-                else "leave it out with where=..., or use bits=8 without a group",
-            )
-        if self.row.bits == 4 and group % 2:
-            raise InfoptError(
-                f"{name} has rows of {width} values, which 4-bit codes cannot fill in whole bytes.",
-                why="two codes share a byte, and a row must not share one.",
-                fix="leave it out with where=..., or use bits=8",
-            )
-
-
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["codes", "scale", "minimum"], meta_fields=["format", "shape"]
+    jax.tree_util.register_dataclass,
+    data_fields=["codes", "scale", "minimum", "zero", "outer"],
+    meta_fields=["format", "shape"],
 )
 @dataclasses.dataclass(frozen=True)
 class QTensor:
     """An array in few bits.
 
-    With `width = shape[-1]` and `groups = width / group`:
+    With `width = shape[-1]`, padded if the format says so, and `groups = width / group`:
 
     Args:
-      codes: int8 `[..., width]`, or uint8 `[..., width / 2]` for 4 bits.
-      scale: `[..., groups]`.
+      codes: `[..., width]`, whole or of a float type; of fewer than 8 bits the bytes of words, uint8
+        `[..., width * bits / 8]`.
+      scale: `[..., groups]`; None for formats without one.
       minimum: `[..., groups]` for formats that store one, else None.
       format: the format, static.
       shape: the *trailing* shape, static: `(O, I)` of a weight, `(D,)` of a cache's heads. Leading axes (stacked
         layers, rows, slots) are only in the leaves, so that a stack and a slice of it are the same type of pytree.
+      zero: zero points, uint8 `[..., groups]`, for formats that store them.
+      outer: what scales are relative to, float32 `[..., 1, 1]` of a weight, for formats that store it.
     """
 
     codes: Any
@@ -147,6 +44,8 @@ class QTensor:
     minimum: Any
     format: Format
     shape: tuple[int, ...]
+    zero: Any = None
+    outer: Any = None
 
     @property
     def nbytes(self) -> int:
@@ -177,79 +76,256 @@ def _(primals: Any, tangents: Any) -> Any:
     )
 
 
-def quantize_array(x: Array, format: Format, trailing: int = 1) -> QTensor:
-    """Round to nearest, ties to even, against the scales as they are stored.
+def no_gradient(q: QTensor) -> QTensor:
+    """`q`, through which no gradient may be asked."""
+    return jax.tree.map(lambda leaf: _no_gradient(leaf) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, q)
+
+
+def take(q: QTensor, rows: Array) -> QTensor:
+    """Rows of a table `[V, D]`."""
+    one = dataclasses.replace(q, outer=None)[rows]
+    return one if q.outer is None else dataclasses.replace(one, outer=jnp.broadcast_to(q.outer[0, 0], (*rows.shape, 1)))
+
+
+SHRINK = tuple(1 - i / 50 for i in range(26))
+"""What `clip="mse"` tries: the share of its range that a group keeps, the first where two are equally good."""
+STEPS = (1.0, 2.0, 0.5)
+"""The same where scales are powers of two, and may cut a group's greatest values as they are."""
+
+_LEAST = 2.0**-126
+"""What is smaller counts as 0, as processors that flush denormal numbers have it."""
+
+
+def quantize_array(x: Array, format: Format, trailing: int = 1, clip: str | None = None) -> QTensor:
+    """Round to the nearest level, by the scales as they are stored; whole levels by `x * (1 / scale)`, ties to even.
 
     Args:
       x: `[..., width]`, float.
       format: the format.
       trailing: how many axes the QTensor's static shape names (2 for a weight, 1 for cached heads).
+      clip: None keeps a group's whole range; "mse" that share of it, of `SHRINK` or `STEPS`, with the least squared
+        error.
 
     Raises:
       InfoptError: the group does not divide the width.
     """
     row, width = format.row, x.shape[-1]
     format.check_width(width, "the tensor")
+    shape, codes = (*x.shape[-trailing:-1], width), format.padded(width)
+    x = _no_gradient(x).astype(jnp.float32)
+    if codes > width:  # by the last value: it widens no range
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, codes - width)], mode="edge")
+    if row.rule == "none":
+        return QTensor(jnp.clip(x, row.low, row.high).astype(row.code_dtype), None, None, format, shape)
     group = format.group_of(width)
-    x = _no_gradient(x).astype(jnp.float32).reshape(*x.shape[:-1], width // group, group)
-    minimum = None
+    outer = None
+    if row.tensor:
+        most = jnp.max(jnp.abs(x), tuple(range(-trailing, 0)), keepdims=True)
+        outer = _flushed(most * np.float32(1 / (row.high * float(jnp.finfo(format.scale).max))))
+    x = x.reshape(*x.shape[:-1], codes // group, group)
+    if not row.ggml:
+        x = _flushed(x)
+    shrink = None if clip is None else _least_error(x, format, outer)
+    parts, levels = _rounded(x, format, outer, shrink)
+    packed = _packed(levels, row)
+    return QTensor(packed, parts["scale"], parts.get("minimum"), format, shape, parts.get("zero"), outer)
+
+
+def _flushed(x: Array) -> Array:
+    return jnp.where(jnp.abs(x) < _LEAST, jnp.zeros_like(x), x)
+
+
+def _rounded(x: Array, format: Format, outer: Any, shrink: Any) -> tuple[dict[str, Array], Array]:
+    """What is stored beside the codes, `[..., groups]`, and the codes, one a value, `[..., groups, group]`."""
+    row, parts = format.row, dict[str, Array]()
     most = float(jnp.finfo(format.scale).max)  # an infinite scale would turn codes of 0 into NaN
-    if row.rule == "absmax":
-        scale = jnp.max(jnp.abs(x), -1) / row.high
+
+    def stored(x: Array) -> Array:
+        return jnp.clip(x, -most, most).astype(format.scale)
+
+    def kept(x: Array) -> Array:
+        return x if shrink is None else x * shrink
+
+    low = None
+    if row.rule in ("minmax", "zero"):
+        low, high = kept(jnp.min(x, -1)), kept(jnp.max(x, -1))
+        if row.rule == "zero":
+            low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
+        else:
+            parts["minimum"] = stored(low)
+            low = low if row.ggml else parts["minimum"].astype(jnp.float32)
+        scale = _over(high - low, row.high, row.ggml)
     elif row.rule == "extreme":
         at = jnp.argmax(jnp.abs(x), -1, keepdims=True)
-        scale = jnp.take_along_axis(x, at, -1)[..., 0] / row.low
+        scale = _over(kept(jnp.take_along_axis(x, at, -1)[..., 0]), row.low, row.ggml)
     else:
-        minimum = jnp.clip(jnp.min(x, -1), -most, most).astype(format.scale)
-        scale = (jnp.max(x, -1) - minimum.astype(jnp.float32)) / row.high
-    scale = jnp.clip(scale, -most, most).astype(format.scale)
-    stored = scale.astype(jnp.float32)[..., None]
-    if minimum is not None:
-        x = x - minimum.astype(jnp.float32)[..., None]
-    codes = jnp.clip(jnp.round(x / jnp.where(stored == 0, 1, stored)), row.low, row.high)
+        greatest = kept(jnp.max(jnp.abs(x), -1))
+        scale = _power(greatest, row.high) if row.rule == "power" else _over(greatest, row.high, row.ggml)
+    if outer is not None:
+        scale = scale / jnp.broadcast_to(jnp.where(outer == 0, 1, outer), scale.shape)
+    parts["scale"] = stored(scale if row.ggml else _flushed(scale))
+    used = scale if row.ggml else _times(parts["scale"], outer)
+    inverse = jnp.where(used == 0, 0.0, 1 / jnp.where(used == 0, 1, used))[..., None]
+    if row.rule == "zero":
+        assert low is not None
+        zero = jnp.clip(jnp.round(-low * inverse[..., 0]), row.low, row.high)
+        parts["zero"] = zero.astype(jnp.uint8)
+        return parts, jnp.clip(jnp.round(x * inverse) + zero[..., None], row.low, row.high).astype(row.code_dtype)
+    if low is not None:
+        x = x - low[..., None]
+    y = x * inverse
+    if row.ggml:
+        return parts, _as_ggml(y, row)
+    if row.levels is not None:
+        return parts, _nearest(y, row.levels)
+    y = jnp.clip(y if row.dtype else jnp.round(y), row.low, row.high)
+    return parts, (y + row.zero if row.zero else y).astype(row.code_dtype)
+
+
+def _over(x: Array, by: int | float, exactly: bool) -> Array:
+    """x / by as XLA computes it, by the reciprocal, or exactly: it lets a whole array of divisors be."""
+    if exactly:
+        return x / jax.lax.optimization_barrier(jnp.full(x.shape, by, jnp.float32))
+    return x * np.float32(1 / by)
+
+
+def _times(scale: Array, outer: Any) -> Array:
+    scale = scale.astype(jnp.float32)
+    return scale if outer is None else _flushed(scale * jnp.broadcast_to(outer, scale.shape))
+
+
+def _power(most: Array, high: float) -> Array:
+    """The power of two of the rule, between 2 ** -126 and 2 ** 127, out of the exponent's bits."""
+    exponent = jax.lax.bitcast_convert_type(most, jnp.int32) >> 23
+    exponent = jnp.clip(exponent - (math.frexp(high)[1] - 1), 1, 254)
+    return jax.lax.bitcast_convert_type(exponent << 23, jnp.float32)
+
+
+def _nearest(y: Array, levels: tuple[float, ...]) -> Array:
+    """The code of the nearest level, ties to the even code."""
+    order = sorted(dict.fromkeys(levels))  # -0.0 is 0.0: of equal values the first code stays
+    codes = [levels.index(level) for level in order]
+    place = jnp.zeros(y.shape, jnp.uint8)
+    for lower, upper, code in zip(order, order[1:], codes[1:]):
+        exact = (lower + upper) / 2
+        middle = np.float32(exact)  # which may itself be nearer to the upper one
+        is_up = middle > exact or (middle == exact and code % 2 == 0)
+        place = place + (y >= middle if is_up else y > middle).astype(jnp.uint8)
+    return jnp.asarray(codes, jnp.uint8).at[place].get(mode="promise_in_bounds")
+
+
+def _as_ggml(y: Array, row: Row) -> Array:
+    y = jax.lax.optimization_barrier(y)  # or the product and the sum below become one operation, rounded once
+    if row.bits == 8:
+        return jax.lax.round(y, jax.lax.RoundingMethod.AWAY_FROM_ZERO).astype(jnp.int8)
+    return jnp.clip(jnp.trunc(y + np.float32(row.zero + 0.5)), 0, 15).astype(jnp.uint8)
+
+
+def _least_error(x: Array, format: Format, outer: Any) -> Array:
+    """For each group, `[..., groups]`, the share of its range whose codes have the least squared error."""
+
+    def attempt(best: tuple[Array, Array], share: Array) -> tuple[tuple[Array, Array], None]:
+        parts, codes = _rounded(x, format, outer, share)
+        error = jnp.sum((_values(codes, format.row, parts, outer) - x) ** 2, -1)
+        better = error < best[0]
+        return (jnp.where(better, error, best[0]), jnp.where(better, share, best[1])), None
+
+    shares = STEPS if format.row.rule == "power" else SHRINK
+    first = jnp.full(x.shape[:-1], jnp.inf, jnp.float32), jnp.ones(x.shape[:-1], jnp.float32)
+    (_, share), _ = jax.lax.scan(attempt, first, jnp.asarray(shares, jnp.float32))
+    return share
+
+
+def _values(codes: Array, row: Row, parts: dict[str, Array], outer: Any) -> Array:
+    scale = _times(parts["scale"], outer)[..., None]
+    level = _levels(codes, row)
+    if "zero" in parts:
+        level = level - parts["zero"].astype(jnp.float32)[..., None]
+    value = level * scale
+    return value + parts["minimum"].astype(jnp.float32)[..., None] if "minimum" in parts else value
+
+
+def _levels(codes: Array, row: Row) -> Array:
+    if row.levels is not None:
+        return jnp.asarray(row.levels, jnp.float32).at[codes].get(mode="promise_in_bounds")
+    return codes.astype(jnp.float32) - row.zero if row.zero else codes.astype(jnp.float32)
+
+
+def _packed(codes: Array, row: Row) -> Array:
+    """Codes `[..., groups, group]` as they lie in memory."""
+    n, lead = row.codes, codes.shape[:-2]
+    if n == 1:
+        return codes.reshape(*lead, -1)
+    size = n * row.bits // 8  # bytes of a word
+    of_word = jnp.split(codes.astype(jnp.uint8 if size == 1 else jnp.uint32), n, -1)
+    word = functools.reduce(jnp.bitwise_or, (c << k * row.bits for k, c in enumerate(of_word)))
+    if size == 1:
+        return word.reshape(*lead, -1)
+    each = [(word >> 8 * m & 255).astype(jnp.uint8) for m in range(size)]
+    return jnp.concatenate(each, -1).reshape(*lead, -1)
+
+
+def _unpacked(q: QTensor) -> tuple[Array, ...]:
+    """Codes in planes: the k-th codes of all words, `[..., width / planes]` each."""
+    row, codes = q.format.row, q.codes
+    n, size = row.codes, row.codes * row.bits // 8
+    if n == 1:
+        return (codes,)
     if row.bits == 4:
-        low, high = jnp.split((codes + row.zero).astype(jnp.uint8), 2, -1)
-        codes = low | (high << 4)
-    else:
-        codes = codes.astype(jnp.int8)
-    codes = codes.reshape(*codes.shape[:-2], -1)
-    shape = (*codes.shape[-trailing:-1], width)
-    return QTensor(codes, scale, minimum, format, shape)
+        return (codes & 15, codes >> 4)
+    word = codes
+    if size > 1:
+        bytes_ = codes.reshape(*codes.shape[:-1], -1, size, q.format.group_of(q.shape[-1]) // n).astype(jnp.uint32)
+        word = functools.reduce(jnp.bitwise_or, (bytes_[..., m, :] << 8 * m for m in range(size)))
+        word = word.reshape(*codes.shape[:-1], -1)
+    mask = 2**row.bits - 1
+    return tuple((word >> k * row.bits & mask).astype(jnp.uint8) for k in range(n))
 
 
 def planes(q: QTensor) -> tuple[Array, ...]:
     """The values that `q` stands for, in float32, in the order in which they are packed.
 
-    One plane `[..., width]` for 8 bits; for 4 bits the first and the second halves of all groups, `[..., width / 2]`
-    each. A product over planes, `split_planes(x)` against these, spares XLA from putting nibbles back in order, which
-    on a CPU costs more than the product.
+    One plane `[..., width]` for whole bytes; for 4 bits the first and the second halves of all groups,
+    `[..., width / 2]` each, and so on for fewer. A product over planes, `split_planes(x)` against these, spares XLA
+    from putting codes back in order, which on a CPU costs more than the product.
     """
-    row = q.format.row
-    codes = (q.codes & 15, q.codes >> 4) if row.bits == 4 else (q.codes,)
+    row, codes = q.format.row, _unpacked(q)
+    levels = [_levels(c, row) for c in codes]
+    if q.scale is None:
+        return tuple(levels)
     each = q.format.group_of(q.shape[-1]) // len(codes)
 
     def spread(x: Array) -> Array:  # one value a group -> one a code
         x = x.astype(jnp.float32)[..., None]
         return jnp.broadcast_to(x, (*x.shape[:-1], each)).reshape(*x.shape[:-2], -1)
 
-    values = tuple((c.astype(jnp.float32) - row.zero) * spread(q.scale) for c in codes)
+    if q.zero is not None:
+        levels = [level - spread(q.zero) for level in levels]
+    scale = _times(q.scale, q.outer)
+    values = tuple(level * spread(scale) for level in levels)
     return values if q.minimum is None else tuple(v + spread(q.minimum) for v in values)
 
 
 def split_planes(x: Array, q: QTensor) -> tuple[Array, ...]:
-    """`x` `[..., width]` in the order of the planes of `q`."""
-    if q.format.row.bits == 8:
+    """`x` `[..., width]` in the order of the planes of `q`, zeros where that is padded."""
+    n, width = q.format.row.codes, x.shape[-1]
+    if (more := q.format.padded(width) - width) > 0:
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, more)])
+    if n == 1:
         return (x,)
-    halves = x.reshape(*x.shape[:-1], -1, 2, q.format.group_of(x.shape[-1]) // 2)
-    return tuple(halves[..., i, :].reshape(*x.shape[:-1], -1) for i in (0, 1))
+    parts = x.reshape(*x.shape[:-1], -1, n, q.format.group_of(width) // n)
+    return tuple(parts[..., i, :].reshape(*x.shape[:-1], -1) for i in range(n))
 
 
 def dequantize_array(q: QTensor, dtype: Any = jnp.float32) -> Array:
     """The values that `q` stands for, `[..., width]`, in `dtype`; computed in float32."""
-    found = planes(q)
-    each = q.format.group_of(q.shape[-1]) // len(found)
-    in_groups = [plane.reshape(*plane.shape[:-1], -1, each) for plane in found]
-    return jnp.stack(in_groups, -2).reshape(*found[0].shape[:-1], q.shape[-1]).astype(dtype)
+    found, width = planes(q), q.shape[-1]
+    values = found[0]
+    if len(found) > 1:
+        each = q.format.group_of(width) // len(found)
+        in_groups = [plane.reshape(*plane.shape[:-1], -1, each) for plane in found]
+        values = jnp.stack(in_groups, -2).reshape(*values.shape[:-1], -1)
+    return values[..., :width].astype(dtype)
 
 
 def round_trip(x: Array, format: Format | None) -> Array:

@@ -18,45 +18,87 @@ Float64 = NDArray[np.float64]
 Rope = Callable[[Float64, NDArray[np.int64]], Float64]
 
 
+NORMAL_QUANTILES = np.array(
+    [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0]
+)  # fmt: skip
+
+
+def e2m1(code: Float64) -> Float64:
+    """A 4-bit float: a sign, two bits of exponent, one of mantissa; without a leading 1 where the exponent is 0."""
+    exponent, mantissa = code // 2 % 4, code % 2
+    size = np.where(exponent == 0, mantissa / 2, (1 + mantissa / 2) * 2.0 ** (exponent - 1))
+    return np.where(code >= 8, -size, size)
+
+
+LEVELS: dict[str, tuple[int, Callable[[Float64], Float64]]] = {
+    **{name: (8, lambda code: code) for name in ("int8", "q8_0", "fp8_e4m3", "fp8_e5m2")},
+    **{name: (16, lambda code: code) for name in ("fp16", "bf16")},
+    **{name: (4, lambda code: code - 8) for name in ("int4", "int4_absmax", "q4_0")},
+    **{name: (4, lambda code: code) for name in ("int4_min", "int4_zero", "q4_1")},
+    **dict.fromkeys(("mxfp4", "nvfp4"), (4, e2m1)),
+    "nf4": (4, lambda code: NORMAL_QUANTILES[code.astype(int)]),
+    "int3": (3, lambda code: code - 4),
+    "int2": (2, lambda code: code - 2),
+}
+"""Of each format, the bits of a code and what a code stands for. Add your own format's here."""
+
+
+def unpack(codes: NDArray[Any], bits: int, group: int) -> Float64:
+    """Codes `[..., groups, group]` out of the bytes of words, bit by bit."""
+    if bits >= 8:
+        return codes.astype(np.float64).reshape(*codes.shape[:-1], -1, group)
+    each = {2: 4, 3: 8, 4: 2, 6: 4}[bits]  # codes in a word
+    words = codes.reshape(*codes.shape[:-1], -1, each * bits // 8, group // each)
+    stream = np.unpackbits(np.moveaxis(words, -2, -1), axis=-1, bitorder="little")
+    values = stream.reshape(*stream.shape[:-1], each, bits) @ 2.0 ** np.arange(bits)
+    return np.moveaxis(values, -1, -2).reshape(*codes.shape[:-1], -1, group)
+
+
 def dequantize(weight: Any) -> Float64:
     """The values that a weight stands for.
 
     Args:
-      weight: a dense array, or anything with a QTensor's fields: `codes`, `scale`, `minimum`, `format`, `shape`.
+      weight: a dense array, or anything with a QTensor's fields: `codes`, `scale`, `minimum`, `zero`, `outer`,
+        `format`, `shape`.
     """
-    codes = getattr(weight, "codes", None)
-    if codes is None:
+    if getattr(weight, "codes", None) is None:
         return np.asarray(weight).astype(np.float64)
-    codes, width, name = np.asarray(codes), weight.shape[-1], weight.format.name
-    group = weight.format.group or width
-    scale = np.asarray(weight.scale).astype(np.float64)
-    values = np.empty((*codes.shape[:-1], width))
-    for g in range(width // group):
-        where = slice(g * group, (g + 1) * group)
-        if name == "int8":
-            level = codes[..., where].astype(np.float64)
-        elif name in ("int4", "int4_min"):
-            packed = codes[..., g * group // 2 : (g + 1) * group // 2].astype(np.int64)
-            level = np.concatenate([packed % 16, packed // 16], -1) - (8.0 if name == "int4" else 0.0)
-        else:
-            raise NotImplementedError(f"the numpy reference cannot read weights in the format {name!r}.")
-        values[..., where] = level * scale[..., g, None]
-        if name == "int4_min":
-            values[..., where] += np.asarray(weight.minimum).astype(np.float64)[..., g, None]
-    return values
+    codes, width, name = np.asarray(weight.codes), weight.shape[-1], weight.format.name
+    if name not in LEVELS:
+        raise NotImplementedError(f"the numpy reference cannot read weights in the format {name!r}.")
+    bits, level = LEVELS[name]
+    values = level(unpack(codes, bits, weight.format.group or codes.shape[-1] * 8 // (bits if bits < 8 else 8)))
+
+    def part(name: str) -> Float64 | None:
+        x = getattr(weight, name, None)
+        return None if x is None else np.asarray(x).astype(np.float64)[..., None]
+
+    scale, minimum, zero, outer = map(part, ("scale", "minimum", "zero", "outer"))
+    values = values if zero is None else values - zero
+    values = values if scale is None else values * (scale if outer is None else scale * outer)
+    values = values if minimum is None else values + minimum
+    return values.reshape(*codes.shape[:-1], -1)[..., :width]
 
 
 def round_kv(x: Float64, format: Any) -> Float64:
     """Keys or values `[T, K, D]` as a cache with this codec gives them back; `x` itself where `format` is None."""
     if format is None:
         return x
-    if format.name != "int8":
+    if format.name not in ("int8", "int4_min"):
         raise NotImplementedError(f"the numpy reference has no {format.name!r} codec for keys and values.")
     # Rounded as float32 numbers: a float32 stack must meet the same ties, or a code differs by one for no reason.
     groups = x.astype(np.float32).reshape(*x.shape[:-1], -1, format.group or x.shape[-1])
-    scale = (np.abs(groups).max(-1, keepdims=True) / np.float32(127)).astype(format.scale).astype(np.float32)
-    codes = np.clip(np.rint(groups / np.where(scale == 0, np.float32(1), scale)), -127, 127)
-    return (codes.astype(np.float64) * scale.astype(np.float64)).reshape(x.shape)
+    low, levels = np.float32(0), np.float32(127)
+    reach = np.abs(groups).max(-1, keepdims=True)
+    if format.name == "int4_min":
+        low, levels = groups.min(-1, keepdims=True).astype(format.scale).astype(np.float32), np.float32(15)
+        reach = groups.max(-1, keepdims=True) - low
+    scale = (reach * (1 / levels)).astype(format.scale).astype(np.float32)
+    codes = np.rint((groups - low) * (1 / np.where(scale == 0, np.float32(1), scale)))
+    codes = np.clip(codes, -levels if format.name == "int8" else 0, levels)
+    return (codes.astype(np.float64) * scale.astype(np.float64) + low.astype(np.float64)).reshape(x.shape)
 
 
 def rms_norm(x: Float64, weight: Float64, eps: float) -> Float64:

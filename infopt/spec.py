@@ -194,6 +194,8 @@ class Spec:
 def _plain(x: Any) -> Any:
     if dataclasses.is_dataclass(x):
         fields = {f.name: _plain(getattr(x, f.name)) for f in dataclasses.fields(x)}
+        if isinstance(x, Format) and not x.pad:
+            del fields["pad"]  # as in Specs from before there was any
         return fields | {"kind": x.kind} if isinstance(x, RopeScaling) else fields
     return [_plain(v) for v in x] if isinstance(x, tuple) else x
 

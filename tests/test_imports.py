@@ -16,6 +16,7 @@ ROOMS: list[tuple[str, ...]] = [
     ("errors", "typing", "interrupts"),
     ("texts",),
     ("devices",),
+    ("formats",),
     ("qtensor",),
     ("spec",),
     ("masks",),

@@ -569,7 +569,7 @@ def test_repr_states_the_stack_its_bytes_and_whether_it_is_exact() -> None:
     assert repr(BARE).endswith("no cache, exact")
     fast = (INT4 | ip.cache_kv(bits=8))(BARE)
     assert "quantize(bits=4, group=8) | cache_kv(bits=8)" in repr(fast)
-    assert f"{fast.token_bytes()} B a token" in repr(fast)
+    assert f"{fast.token_bytes():,} bytes a token" in repr(fast)
     assert repr(fast).endswith("not exact")
     exact = (ip.cache_kv() | ip.paged(4) | ip.speculative(ip.self_draft(INT8)))(BARE)
     assert repr(exact).endswith(", exact")

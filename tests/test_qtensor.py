@@ -12,9 +12,8 @@ import pytest
 
 from infopt import reference
 from infopt.errors import InfoptError
+from infopt.formats import FORMATS, Format
 from infopt.qtensor import (
-    FORMATS,
-    Format,
     QTensor,
     dequantize_array,
     is_qtensor,
@@ -238,7 +237,7 @@ def test_a_width_that_no_group_divides_is_refused_with_a_way_out() -> None:
     ("make", "says"),
     [
         (lambda: Format("int5"), "int5"),
-        (lambda: Format("int3"), "int8"),
+        (lambda: Format("int9"), "int8"),
         (lambda: Format("int8", 0), "0"),
         (lambda: Format("int4", 5), "whole bytes"),
     ],

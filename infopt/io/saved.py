@@ -51,8 +51,9 @@ MOST_JSON = 16 << 20
 """Bytes of JSON that are read: a Spec of a thousand layers takes less than one MB."""
 
 FLOATS = {"<f4": "float32", "<f2": "float16", "bfloat16": "bfloat16", "<f8": "float64"}
-CODES = {8: {"|i1": "int8"}, 4: {"|u1": "uint8"}}
-"""Types of arrays, by zarr's name: of dense weights, scales and minima; of codes, by bits."""
+SMALL = {name: name for name in ("float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu")}
+KINDS = {kind: {zarr: kind} for zarr, kind in (FLOATS | SMALL | {"|i1": "int8", "|u1": "uint8"}).items()}
+"""Types of arrays, by zarr's name: of dense weights, scales and minima; of small scales and codes; each alone."""
 ZARR = {
     "zarr_format": 2,
     "order": "C",
@@ -354,7 +355,7 @@ def _problem(spec: Spec) -> str | None:
         return "it packs a weight twice, or one that is no matrix of this model"
     widths = [(name, known[name][-1], f) for name, f in spec.weights]
     for name, width, fmt in [*widths, *([("a head", spec.config.head_dim, spec.kv)] if spec.kv else [])]:
-        if fmt.scale not in FLOATS.values():
+        if fmt.scale not in {**FLOATS, **SMALL}.values():
             return f"{name} has scales of an unknown type, {fmt.scale!r:.20}"
         try:
             fmt.check_width(width, name)
@@ -445,11 +446,18 @@ def _leaves(spec: Spec, prefix: str = "") -> Iterator[_Leaf]:
             yield _Leaf(name, "", shape, FLOATS)
             continue
         *rows, width = shape
-        scales = (*rows, width // fmt.group_of(width))
-        yield _Leaf(name, "codes", (*rows, width * fmt.row.bits // 8), CODES[fmt.row.bits])
-        yield _Leaf(name, "scale", scales, FLOATS)
-        if fmt.row.minimum:
-            yield _Leaf(name, "minimum", scales, FLOATS)
+        codes, row = fmt.padded(width), fmt.row
+        scales, floats = (*rows, codes // fmt.group_of(width)), KINDS[fmt.scale] if fmt.scale in SMALL else FLOATS
+        yield _Leaf(name, "codes", (*rows, codes * row.bits // 8 if row.bits < 8 else codes), KINDS[row.code_dtype])
+        if row.rule == "none":
+            continue
+        yield _Leaf(name, "scale", scales, floats)
+        if row.minimum:
+            yield _Leaf(name, "minimum", scales, floats)
+        if row.rule == "zero":
+            yield _Leaf(name, "zero", scales, KINDS["uint8"])
+        if row.tensor:
+            yield _Leaf(name, "outer", (*rows[:-1], 1, 1), FLOATS)
     if spec.program is not None:
         yield from _leaves(spec.program.draft, "draft.")
 
@@ -495,7 +503,8 @@ class _SavedWeights(LazyWeights):
         x, fmt = self._read.pop(name), self._spec.format_of(name)
         if fmt is None:
             return x
-        return QTensor(x["codes"], x["scale"], x.get("minimum"), fmt, shapes(self._spec)[name][-2:])
+        codes, scale, shape = x.pop("codes"), x.pop("scale", None), shapes(self._spec)[name][-2:]
+        return QTensor(codes, scale, x.pop("minimum", None), fmt, shape, **x)
 
 
 def _within_layer(name: str) -> str:

@@ -4,70 +4,127 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import operator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, final
 
 import jax
 import jax.numpy as jnp
 
 from infopt.errors import InfoptError, ParamsError, nearest
+from infopt.formats import FORMATS
 from infopt.model import Model, Weights, shapes
 from infopt.qtensor import Format, quantize_array
 from infopt.spec import Spec
 from infopt.transforms.base import Transform, layer_matrices, need_dense, whole
 from infopt.typing import is_traced
 
+BITS = {8: "int8", 4: "int4", 3: "int3", 2: "int2"}
+"""The formats that bits can name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What `where` says of the weights of a pattern.
+
+    Args:
+      pattern: over logical names; None: the blocks' linear layers.
+      format: None leaves them dense.
+    """
+
+    pattern: str | None
+    format: Format | None
+
 
 @final
 @dataclasses.dataclass(frozen=True, repr=False)
 class Quantize(Transform):
     name: ClassVar[str] = "quantize"
-    bits: int
+    bits: int | None
     group: int | None = None
-    where: str | None = None
+    where: str | tuple[str, ...] | tuple[tuple[str, int | str | None], ...] | None = None
+    format: str | None = None
+    clip: str | None = None
+    pad: bool = False
 
     @property
     def exact(self) -> bool:
         return False
 
-    @property
-    def format(self) -> Format:
-        if self.bits == 8:
-            return Format("int8", self.group, "float32" if self.group is None else "float16")
-        return Format("int4", self.group or 32, "float16")
+    def _format(self, what: int | str | None) -> Format | None:
+        if what is None:
+            return None
+        name = what if isinstance(what, str) else BITS[what]
+        row = FORMATS[name] if name in FORMATS else Format(name).row  # raises
+        group = row.group if self.group is None else self.group
+        if row.rule == "none":
+            return Format(name)
+        small = row.scale not in ("float16", "float32")
+        return Format(name, group, "float32" if group is None and not small else row.scale, self.pad)
 
-    def names(self, spec: Spec) -> list[str]:
-        if self.where is None:
-            if not (found := layer_matrices(spec)):
-                raise InfoptError(
-                    f"{self!r}: {spec.family} has no matrix that belongs to a layer.",
-                    why="by default the layers' own matrices are packed.",
-                    fix="where=..., a pattern over "
-                    + (
-                        ", ".join([n for n, shape in shapes(spec).items() if len(shape) > 1][:4])
-                        or "matrices, of which it has none"
-                    ),
-                )
-            return found
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """What applies to a weight: the first whose pattern its name matches."""
+        own = self._format(self.bits if self.format is None else self.format)
+        if self.where is None or isinstance(self.where, str):
+            return (Rule(self.where, own),)
+        return tuple(
+            Rule(each, own) if isinstance(each, str) else Rule(each[0], self._format(each[1])) for each in self.where
+        )
+
+    def matched(self, spec: Spec) -> dict[str, Rule]:
+        """The rule of each weight that has one.
+
+        Raises:
+          InfoptError: a rule touches no weight.
+        """
         matrices = [n for n, shape in shapes(spec).items() if len(shape) > 1]
-        found = [n for n in matrices if fnmatch.fnmatchcase(n, self.where)]
-        if not found:
-            raise InfoptError(
-                f"{self!r}: no weight is named like {self.where!r}.",
-                why=nearest(self.where, matrices),
-                fix="a pattern over logical names, as 'layers.*.mlp.*', 'embed', 'head'",
-            )
+        found: dict[str, Rule] = {}
+        for rule in self.rules:
+            if rule.pattern is None:
+                names = layer_matrices(spec)
+            else:
+                names = [n for n in matrices if fnmatch.fnmatchcase(n, rule.pattern)]
+            if not names:
+                raise self._nothing(spec, rule.pattern, matrices)
+            if not (left := [n for n in names if n not in found]):
+                raise InfoptError(
+                    f"{self!r}: the rule {rule.pattern!r} touches nothing: rules before it have all that it matches.",
+                    why="the first rule that matches a name holds, so this one would be lost.",
+                    fix="put it before them, or leave it out",
+                )
+            found |= dict.fromkeys(left, rule)
         return found
 
+    def _nothing(self, spec: Spec, pattern: str | None, matrices: list[str]) -> InfoptError:
+        if pattern is None:
+            return InfoptError(
+                f"{self!r}: {spec.family} has no matrix that belongs to a layer.",
+                why="by default the layers' own matrices are packed.",
+                fix=f"where=..., a pattern over {', '.join(matrices[:4]) or 'matrices, of which it has none'}",
+            )
+        return InfoptError(
+            f"{self!r}: no weight is named like {pattern!r}.",
+            why=nearest(pattern, matrices),
+            fix="a pattern over logical names, as 'layers.*.mlp.*', 'embed', 'head'",
+        )
+
+    def formats(self, spec: Spec) -> dict[str, Format]:
+        """The format of each weight that is packed."""
+        return {name: rule.format for name, rule in self.matched(spec).items() if rule.format is not None}
+
     def check(self, spec: Spec) -> None:
-        names = self.names(spec)
-        need_dense(self, spec, names, "rounding what is rounded already is another experiment than rounding once.")
-        for name in names:
-            self.format.check_width(shapes(spec)[name][-1], name)
+        formats = self.formats(spec)
+        need_dense(self, spec, formats, "rounding what is rounded already is another experiment than rounding once.")
+        for name, fmt in formats.items():
+            fmt.check_width(shapes(spec)[name][-1], name)
 
     def edit(self, spec: Spec) -> Spec:
-        return spec.replace(weights=tuple(sorted((*spec.weights, *((n, self.format) for n in self.names(spec))))))
+        return spec.replace(weights=tuple(sorted((*spec.weights, *self.formats(spec).items()))))
 
     def params(self, weights: Weights, before: Model, after: Spec, **extra: Any) -> Weights:
+        formats = self.formats(before.spec)
+
         def pack(name: str, w: Any) -> Any:
             if not is_traced(w) and not bool(jnp.isfinite(w).all()):
                 raise ParamsError(
@@ -75,50 +132,140 @@ class Quantize(Transform):
                     why="they would spoil their whole group.",
                     fix="look where they came from; jnp.nan_to_num if they are meant to be finite",
                 )
-            return _pack(w, self.format)
+            return _pack(w, formats[name], self.clip)
 
-        return weights.map(self.names(before.spec), pack)
+        return weights.map(formats, pack)
+
+    def __repr__(self) -> str:
+        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        usual = {f.name: f.default for f in dataclasses.fields(self)}
+        if isinstance(self.where, tuple):
+            mapping = any(not isinstance(each, str) for each in self.where)
+            given["where"] = dict(self.where) if mapping else list(self.where)  # type: ignore[arg-type]
+        return f"quantize({', '.join(f'{k}={v!r}' for k, v in given.items() if v is not usual[k] and v is not None)})"
 
 
-@jax.jit(static_argnums=1)
-def _pack(w: Any, fmt: Format) -> Any:
-    return quantize_array(w, fmt, trailing=2)
+@jax.jit(static_argnums=(1, 2))
+def _pack(w: Any, fmt: Format, clip: str | None) -> Any:
+    return quantize_array(w, fmt, trailing=2, clip=clip)
 
 
-def quantize(bits: int = 8, group: int | None = None, where: str | None = None) -> Quantize:
-    """Store weights in 8 or 4 bits, rounded to nearest.
+def quantize(
+    bits: int | None = None,
+    group: int | None = None,
+    where: str | Sequence[str] | Mapping[str, int | str | None] | None = None,
+    format: str | None = None,
+    clip: str | None = None,
+    pad: bool = False,
+) -> Quantize:
+    """Store weights in few bits, rounded to the nearest level. Not exact.
 
     8 bits: symmetric, a scale a row of the matrix (or a group of its inputs); 1 byte a weight and the scales.
     4 bits: packed two to a byte, symmetric in groups of `group` inputs (32 by default), scale = extreme value / -8,
-    16-bit scales; 0.5625 bytes a weight in groups of 32. Not exact.
+    16-bit scales; 0.5625 bytes a weight in groups of 32. 3 and 2 bits alike, 0.4375 and 0.3125 bytes.
+    `infopt.formats.FORMATS` lists all formats, and takes a user's own. Activations stay as they are, and products are
+    accumulated in their type.
 
     Args:
-      bits: 8 or 4.
-      group: neighbouring inputs that share a scale; must divide every matrix it meets.
-      where: a pattern over logical names (`"layers.*.mlp.*"`, `"embed"`); by default the blocks' linear layers.
+      bits: 8 (the default), 4, 3 or 2; as format="int8", "int4", "int3", "int2".
+      group: neighbouring inputs that share a scale; must divide every matrix it meets. By default the format's own.
+      where: a pattern over logical names (`"layers.*.mlp.*"`, `"embed"`), several, or a mapping of patterns to bits or
+        formats, None for what is to stay dense; by default the blocks' linear layers. Of several patterns the first
+        that matches a name holds, and each must hold for some weight.
+      format: "fp16", "bf16", "fp8_e4m3", "nf4", "mxfp4", ...; in place of bits.
+      clip: "mse" shrinks each group's range where that lessens its squared error, down to half (`qtensor.SHRINK`).
+      pad: fill rows up to whole groups where the group does not divide; what is filled up takes memory, and is counted.
 
     Raises:
-      InfoptError: bits or group make no format; `where` matches nothing; the group does not divide.
+      InfoptError: bits, format or group make no format; a pattern matches nothing; the group does not divide.
       TransformOrderError: a matched weight is packed already.
 
     >>> import infopt as ip
     >>> dict(quantize(bits=4)(ip.models.llama()).spec.weights)["layers.0.mlp.up"]
     Format(name='int4', group=32, scale='float16')
+    >>> mixed = quantize(where={"layers.0.*": None, "*.mlp.*": "nf4", "layers.*": 8})(ip.models.llama())
+    >>> [mixed.spec.format_of(f"layers.{name}") for name in ("0.mlp.up", "1.mlp.up", "1.attn.q")]
+    [None, Format(name='nf4', group=64, scale='float16'), Format(name='int8', group=None, scale='float32')]
     """
-    if bits not in (4, 8) or isinstance(bits, float | bool):
+    mapping = isinstance(where, Mapping)
+    if bits is None:
+        bits = None if format is not None or mapping else 8
+    elif format is not None or mapping:
+        raise InfoptError(
+            f"quantize(bits={bits!r}) was given {'a mapping' if mapping else f'format={format!r}'} too.",
+            why="both say the format.",
+            fix="one of the two",
+        )
+    if mapping and format is not None:
+        raise InfoptError(
+            f"quantize(format={format!r}) was given a mapping too.", why="both say the format.", fix="one of the two"
+        )
+    if bits is not None:
+        bits = _bits(bits)
+    if format is not None:
+        _check_name(format)
+    if group is not None:
+        group = whole("group", group, 2)
+    if clip not in (None, "mse"):
+        raise InfoptError(f"quantize(clip={clip!r}) is no search.", why="one is known.", fix='clip="mse", or None')
+    if not isinstance(pad, bool):
+        raise InfoptError(f"quantize(pad={pad!r}) is no truth.", why="rows are padded or not.", fix="pad=True")
+    transform = Quantize(bits, group, _patterns(where), format, clip, pad)
+    for rule in transform.rules:
+        _check_scale(transform, rule.format)
+    return transform
+
+
+def _bits(bits: Any) -> int:
+    if isinstance(bits, bool) or not hasattr(bits, "__index__") or operator.index(bits) not in BITS:
         raise InfoptError(
             f"quantize(bits={bits!r}) is not a format.",
             why="those are the formats that bits can name.",
-            fix="bits=8 or bits=4",
+            fix='bits=8, 4, 3 or 2, or format="nf4", say',
         )
-    if group is not None:
-        whole("group", group, 2)
-    if where is not None and not isinstance(where, str):
+    return operator.index(bits)
+
+
+def _check_name(name: Any) -> None:
+    if not isinstance(name, str) or name not in FORMATS:
+        raise InfoptError(
+            f"quantize(format={name!r}) is not a format.",
+            why="the table infopt.formats.FORMATS has no such row.",
+            fix=nearest(str(name), list(FORMATS)),
+        )
+
+
+def _check_scale(transform: Quantize, fmt: Format | None) -> None:
+    """Raise where an argument would be lost on a format without scales."""
+    if fmt is not None and fmt.row.rule == "none":
+        for argument in ("group", "clip"):
+            if getattr(transform, argument) is not None:
+                raise InfoptError(
+                    f"{transform!r}: {fmt.name} has no scales.",
+                    why=f"{argument} says how they are made, and would be lost.",
+                    fix=f"leave {argument} out",
+                )
+
+
+def _patterns(where: Any) -> Any:
+    """What `where` says, hashable."""
+    if where is None or isinstance(where, str):
+        return where
+    if isinstance(where, Mapping):
+        for what in where.values():
+            if isinstance(what, str):
+                _check_name(what)
+        found = tuple((k, v if v is None or isinstance(v, str) else _bits(v)) for k, v in where.items())
+    else:
+        found = tuple(where) if isinstance(where, list | tuple) else (None,)
+    if not found or not all(isinstance(p, str) for p in _keys(found)) or len(set(_keys(found))) < len(found):
         raise InfoptError(
             f"quantize(where={where!r}) is not a pattern.",
             why="it is compared with each weight's name.",
-            fix="one text, as 'layers.*.mlp.*'; several: stack quantize",
+            fix="a text, as 'layers.*.mlp.*'; several different ones; or a mapping, as {'head': 8, '*.mlp.*': 'int4'}",
         )
-    transform = Quantize(bits, group, where)
-    _ = transform.format
-    return transform
+    return found
+
+
+def _keys(found: tuple[Any, ...]) -> Iterator[Any]:
+    return (each[0] if isinstance(each, tuple) else each for each in found)

@@ -162,10 +162,10 @@ def test_an_unknown_name_gets_a_suggestion(text: str, near: str) -> None:
 @pytest.mark.parametrize(
     ("text", "signature"),
     [
-        ("quantize(bitz=8)", "quantize(bits, group, where)"),
+        ("quantize(bitz=8)", "quantize(bits, group, where, format, clip, pad)"),
         ("gqa()", "gqa(kv_heads)"),
         ("gqa(1, 2)", "gqa(kv_heads)"),
-        ("quantize(8, bits=8)", "quantize(bits, group, where)"),
+        ("quantize(8, bits=8)", "quantize(bits, group, where, format, clip, pad)"),
         ("sliding_window()", "sliding_window(size, sinks, layers)"),
         ("dequantize(1)", "dequantize()"),
     ],
@@ -180,7 +180,10 @@ def test_a_wrong_argument_is_shown_the_signature(text: str, signature: str) -> N
 @pytest.mark.parametrize(
     "text",
     [
-        "quantize(bits=3)",
+        "quantize(bits=5)",
+        "quantize(format='int5')",
+        "quantize(where={'*': [8]})",
+        "quantize(where={3: 8})",
         "quantize(bits='8')",
         "quantize(bits=cache_kv())",
         "quantize(bits=1e999)",

@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 
 import infopt as ip
+from infopt import testing
 from infopt.errors import InfoptError, ParamsError, TransformOrderError
+from infopt.formats import FORMATS
 from infopt.model import Weights
+from infopt.planner import abstract_params
 from infopt.qtensor import Format, is_qtensor
 
 BARE = ip.models.llama(layers=2, dim=32, heads=2, kv_heads=1, head_dim=16, mlp=64, vocab=29, context=48, tied=False)
@@ -120,11 +123,11 @@ def test_a_group_that_does_not_divide_names_the_weight_and_those_that_do() -> No
     assert "2, 4, 8, 16, 32" in e.value.fix
 
 
-@pytest.mark.parametrize("bits", [0, 3, 16, "8", None, 4.5])
+@pytest.mark.parametrize("bits", [0, 5, 16, "8", 4.5, True, [8]])
 def test_bits_that_are_no_format_are_refused(bits: object) -> None:
     with pytest.raises(InfoptError, match="is not a format") as e:
         ip.quantize(bits=bits)  # type: ignore[arg-type]
-    assert e.value.fix == "bits=8 or bits=4"
+    assert e.value.fix == 'bits=8, 4, 3 or 2, or format="nf4", say'
 
 
 @pytest.mark.parametrize("group", [0, 1, -4, 2.0, "32", True])
@@ -138,10 +141,10 @@ def test_an_odd_group_of_four_bits_is_refused() -> None:
         ip.quantize(bits=4, group=5)
 
 
-@pytest.mark.parametrize("where", [3, ["layers.0.*"], b"head"], ids=repr)
+@pytest.mark.parametrize("where", [3, [], ["head", 3], ["head", "head"], {}, {3: 8}, b"head"], ids=repr)
 def test_a_pattern_that_is_no_text_is_refused(where: object) -> None:
     with pytest.raises(InfoptError, match="where"):
-        ip.quantize(bits=8, where=where)(BARE)  # type: ignore[arg-type]
+        ip.quantize(where=where)(BARE)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -162,3 +165,156 @@ def test_a_packed_embedding_and_head_read_as_their_values() -> None:
     tokens = jnp.asarray([[1, 2, 3]], jnp.int32)
     got, want = (jax.jit(m.apply)(p, tokens)[0] for m, p in ((model, params), (dense, dense.convert(PARAMS))))
     np.testing.assert_allclose(np.asarray(got), np.asarray(want), atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------------- formats
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_format_by_name_equals_its_oracle_alone(name: str) -> None:
+    """Logits in chunks and after rollbacks, against the numpy model; matrices, embedding and head."""
+    bare, params = testing.base_of("llama")
+    group = None if FORMATS[name].rule == "none" else 16
+    model = (ip.quantize(format=name, group=group, where="*") | ip.cache_kv())(bare)
+    assert {f.name for _, f in model.spec.weights} == {name}
+    testing.verify(model, model.convert(params), generation=False)
+
+
+DEEP = "gqa(1) | quantize({}) | sliding_window(5, sinks=2) | cache_kv(bits=8) | speculative(self_draft(), k=2)"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "format='fp8_e4m3'",
+        "format='nvfp4', group=16, clip='mse'",
+        "bits=3, group=24, pad=True",
+        "where={'head': 8, 'layers.0.*': None, '*.mlp.*': 'fp8_e5m2', 'layers.*': 'bf16'}",
+    ],
+)
+def test_one_of_each_packing_equals_its_oracle_in_a_deep_stack(arguments: str) -> None:
+    bare, params = testing.base_of("llama")
+    model = ip.parse_stack(DEEP.format(arguments))(bare)
+    testing.verify(model, model.convert(params))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_live_bytes_of_a_model_are_those_that_it_says(name: str) -> None:
+    model = ip.quantize(format=name, where="*", pad=True)(BARE)
+    params = model.convert(PARAMS)
+    assert model.weight_bytes() == sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(params))
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), abstract_params(model.spec)) == jax.tree.map(
+        lambda a: (a.shape, a.dtype), params
+    )
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_format_is_saved_bit_for_bit(name: str, tmp_path) -> None:
+    model = ip.quantize(format=name, where="*", pad=True)(BARE)
+    params = model.convert(PARAMS)
+    ip.save(tmp_path / "stack", model, params)
+    loaded, again = ip.load(tmp_path / "stack")
+    assert loaded.spec == model.spec and repr(loaded) == repr(model)
+    assert jax.tree.structure(again) == jax.tree.structure(params)
+    for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(params)):
+        assert a.dtype == b.dtype
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+@pytest.mark.parametrize("name", ["fp16", "fp8_e4m3", "mxfp4", "int4_zero"])
+def test_gradients_through_any_packing_are_refused(name: str) -> None:
+    model = ip.quantize(format=name, where="*", pad=True)(BARE)
+    params, tokens = model.convert(PARAMS), jnp.ones((1, 3), jnp.int32)
+    with pytest.raises(ParamsError, match="gradient"):
+        jax.grad(lambda p: model.apply(p, tokens)[0].sum(), allow_int=True)(params)
+
+
+def test_experts_are_packed_each_with_its_own_scale() -> None:
+    base, params = testing.base_of("mixtral")
+    model = ip.quantize(format="nvfp4", where="*.mlp.experts.*")(base)
+    assert model.convert(params)["segments"][0][0]["mlp.experts.up"].outer.shape == (3, 4, 1, 1)
+    model = ip.cache_kv()(model)
+    testing.verify(model, model.convert(params), generation=False)
+
+
+def test_clipping_is_of_the_recipe_and_changes_the_weights() -> None:
+    plain, clipped = ip.quantize(bits=3), ip.quantize(bits=3, clip="mse")
+    assert plain(BARE).spec == clipped(BARE).spec
+    assert plain(BARE) != clipped(BARE)
+    one, two = (t(BARE).convert(PARAMS)["segments"][0][0]["mlp.up"] for t in (plain, clipped))
+    assert (np.asarray(one.codes) != np.asarray(two.codes)).any()
+
+
+def test_padding_is_asked_for_and_counted() -> None:
+    with pytest.raises(InfoptError, match="does not divide") as e:
+        ip.quantize(bits=4, group=24)(BARE)
+    assert "pad=True" in e.value.fix
+    model = ip.quantize(bits=4, group=24, pad=True)(BARE)
+    assert "pad=True" in repr(model)
+    assert model.spec.format_of("layers.0.attn.q").bytes((32, 32)) == 32 * (48 // 2 + 2 * 2)
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: ip.quantize(format="nf5"), "'nf4'"),
+        (lambda: ip.quantize(bits=4, format="nf4"), "both say the format"),
+        (lambda: ip.quantize(bits=4, where={"head": 8}), "both say the format"),
+        (lambda: ip.quantize(format="nf4", where={"head": 8}), "both say the format"),
+        (lambda: ip.quantize(where={"head": 7}), "bits=7"),
+        (lambda: ip.quantize(where={"head": "int7"}), "int"),
+        (lambda: ip.quantize(clip="kl"), "clip"),
+        (lambda: ip.quantize(pad="yes"), "pad"),
+        (lambda: ip.quantize(format="fp16", group=32), "no scales"),
+        (lambda: ip.quantize(format="bf16", clip="mse"), "no scales"),
+        (lambda: ip.quantize(format="int3", group=12), "multiple of 8"),
+    ],
+)
+def test_what_makes_no_format_is_refused(call, says: str) -> None:
+    with pytest.raises(InfoptError) as e:
+        call()
+    assert says in str(e.value)
+    assert e.value.fix
+
+
+# --------------------------------------------------------------------------------------------------------------- rules
+
+
+def test_of_several_rules_the_first_that_matches_holds() -> None:
+    rules = {"head": 8, "layers.0.*": None, "*.mlp.*": "nf4", "*.mlp.gate": 2, "layers.*": 4}
+    with pytest.raises(InfoptError, match=r"the rule '\*\.mlp\.gate' touches nothing: rules before it") as e:
+        ip.quantize(where=rules)(BARE)
+    assert "before them" in e.value.fix
+    del rules["*.mlp.gate"]
+    spec = ip.quantize(where={"*.1.mlp.gate": 2, **rules}, group=16)(BARE).spec
+    assert spec.format_of("head") == Format("int8", 16, "float16")
+    assert spec.format_of("embed") is spec.format_of("layers.0.mlp.up") is None
+    assert spec.format_of("layers.1.mlp.gate") == Format("int2", 16, "float16")
+    assert spec.format_of("layers.1.mlp.up") == Format("nf4", 16, "float16")
+    assert spec.format_of("layers.1.attn.q") == Format("int4", 16, "float16")
+
+
+def test_several_patterns_take_the_one_format() -> None:
+    assert packed(ip.quantize(bits=8, where=["head", "*.mlp.up"])) == {"head", "layers.0.mlp.up", "layers.1.mlp.up"}
+
+
+def test_each_rule_must_match_something() -> None:
+    with pytest.raises(InfoptError, match="no weight is named like 'heat'") as e:
+        ip.quantize(where={"*.mlp.*": 4, "heat": 8})(BARE)
+    assert "'head'" in e.value.why
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        ip.quantize(where={"head": 8, "*.mlp.*": "int4", "layers.0.*": None}),
+        ip.quantize(bits=4, where=["head", "*.mlp.*"]),
+        ip.quantize(format="nf4", group=64, clip="mse", pad=True),
+        ip.quantize(),
+        ip.quantize(bits=8, where="layers.0.*"),
+    ],
+    ids=repr,
+)
+def test_a_repr_is_the_text_of_the_same_transform(transform: ip.Transform) -> None:
+    assert ip.parse_stack(repr(transform)) == transform
+    assert hash(transform) == hash(ip.parse_stack(repr(transform)))
