@@ -68,6 +68,19 @@ EXAMPLES: tuple[Transform, ...] = (
 )
 """What the contract stacks. A transform joins by one line."""
 
+PACKINGS: tuple[Transform, ...] = (
+    quantize(format="bf16"),
+    quantize(format="fp8_e4m3"),
+    quantize(format="int4_min", group=16),
+    quantize(format="int4_zero", group=16),
+    quantize(format="nvfp4"),
+    quantize(bits=3, group=16),
+    quantize(bits=2, group=16),
+    cache_kv(bits=4),
+)
+"""One of each other packing: floats, minima, zero points, scales of scales, words of three bytes, four to a byte.
+Stacked in full pairs with the examples over the first family."""
+
 _SIZES = dict(layers=3, dim=32, heads=4, kv_heads=2, head_dim=16, mlp=48, vocab=61, context=64, tied=False)
 _YARN = YarnRope(factor=4.0, original_context=16, beta_fast=2.0, attention_factor=1.1)
 
@@ -99,9 +112,9 @@ _HANDFUL = 8
 
 TOLERANCE = 1e-4
 """Of the standard deviation of the oracle's logits."""
-ROUNDED = 3e-2
+ROUNDED, ROUNDED_4 = 3e-2, 0.5
 """The same where keys and values are rounded and one lay on the edge: such a stack is tried on up to three texts, must
-stay within this on each, and within TOLERANCE on one."""
+stay within this on each (within the second where they have 4 bits), and within TOLERANCE on one."""
 
 _CHUNK, _MAX_LEN, _LENGTHS = 5, 40, (26, 19, 11)
 
@@ -160,9 +173,14 @@ def verify(model: Model, params: Params, *, generation: bool = True) -> float:
         worst = _verify_text(model, params, generation or model.spec.program is not None, text)
         if worst <= TOLERANCE:
             return worst
-        if model.spec.kv is None or worst > ROUNDED:
+        if worst > _edge(model.spec):
             break
     raise Mismatch(f"{model.recipe}: logits differ from the oracle's by {worst:.2g} of their spread.")
+
+
+def _edge(spec: Spec) -> float:
+    """What one rounding that goes the other way may change."""
+    return TOLERANCE if spec.kv is None else ROUNDED_4 if spec.kv.row.bits == 4 else ROUNDED
 
 
 def _verify_text(model: Model, params: Params, generation: bool, text: int) -> float:
@@ -200,7 +218,9 @@ def _verify_text(model: Model, params: Params, generation: bool, text: int) -> f
             state, at = rollback(state, n), at - n
             feed(np.minimum(_CHUNK, np.array(_LENGTHS) - at))
     return (
-        worst if not generation or worst > ROUNDED else max(worst, _verify_tokens(model, params, weights, rows, step))
+        worst
+        if not generation or worst > _edge(model.spec)
+        else max(worst, _verify_tokens(model, params, weights, rows, step))
     )
 
 
@@ -239,7 +259,7 @@ def _verify_tokens(model: Model, params: Params, weights: Any, rows: list[list[i
                 scores = scores / temperature[b] + drawn
             short = float(scores.max() - scores[row[position]]) / max(float(np.std(want)), 1e-3)
             worst = max(worst, short)
-            if short > (TOLERANCE if model.spec.kv is None else ROUNDED):
+            if short > _edge(model.spec):
                 raise Mismatch(
                     f"{model.recipe}: row {b} drew token {row[position]} at position {position}, the oracle "
                     f"draws {int(scores.argmax())} (ahead by {short:.2g} of the spread)."
@@ -381,8 +401,14 @@ def check_transform(transform: Transform, *, families: Sequence[str] = FULL, par
 
 
 def everything(depth: int, family: str = "llama") -> list[tuple[str, tuple[Transform, ...]]]:
-    """Every order of up to `depth` examples; for depth 1, a handful of pairs too, drawn by the family's name."""
+    """Every order of up to `depth` examples; for depth 1, a handful of pairs too, drawn by the family's name.
+
+    For depth 3, each of `PACKINGS` too, alone and with each example, before and after it.
+    """
     chosen = list(orders(EXAMPLES, depth))
+    if depth == 3:
+        for packing in PACKINGS:
+            chosen += [(packing,), *((packing, t) for t in EXAMPLES), *((t, packing) for t in EXAMPLES)]
     if depth == 1:
         chosen += random.Random(family).sample(list(itertools.permutations(EXAMPLES, 2)), _HANDFUL)
     return [(on, order) for order in chosen for on in ("bare", "cached")]
@@ -492,14 +518,15 @@ def markdown(results: dict[tuple[str, int], list[Outcome]]) -> str:
         "",
         "Printed by `infopt matrix --write docs/composition.md` from what it ran; `--check` runs it and compares.",
         "",
-        "Every order of up to two or three of these transforms, over a bare and over a cached small model, is",
+        "Every order of up to two or three of these transforms, over a bare and over a cached small model, and of the",
+        "other packings with each of them, is",
         "refused with a reason, or runs and equals its oracle: a float64 numpy model that shares no code with the",
         f"stacks. Logits agree within {TOLERANCE:g} of their standard deviation, for ragged rows, in chunks, after",
         "rollbacks; tokens drawn by every speculative stack and a third of the others are checked one by one (logits",
         "alone in families of which a handful of pairs is tried). With",
         "rounded keys and values a value on the edge may round the other way: such a stack is tried on up to three",
-        f"texts, and must agree within {ROUNDED:g} on each and {TOLERANCE:g} on one. Orders that give equal Specs and",
-        "params run once. "
+        f"texts, and must agree within {ROUNDED:g} on each ({ROUNDED_4:g} with 4 bits) and {TOLERANCE:g} on one.",
+        "Orders that give equal Specs and params run once. "
         + (
             "All of these families have such a model."
             if all(f in REFERENCES for f, _ in results)
@@ -520,6 +547,12 @@ def markdown(results: dict[tuple[str, int], list[Outcome]]) -> str:
         if depth == 1:
             continue
         by_order = {(o.base == family, o.order): o for o in found if len(o.order) <= 2}
+
+        def marks(order: tuple[str, ...], by_order: dict[Any, Outcome] = by_order) -> str:
+            both = [by_order.get((bare, order)) for bare in (True, False)]
+            return " ".join({"equal": "=", "refused": "-", "failed": "!"}[o.status] if o else "" for o in both)
+
+        columns = "".join(f" {i + 1} |" for i in range(len(names)))
         lines += [
             "",
             f"## {family}: pairs",
@@ -527,17 +560,28 @@ def markdown(results: dict[tuple[str, int], list[Outcome]]) -> str:
             "Row first, then column; the left mark over the bare model, the right one over a cached one.",
             "`=` equal to its oracle, `-` refused, `!` failed. The first column is the row's transform alone.",
             "",
-            "| | alone | " + " | ".join(str(i + 1) for i in range(len(names))) + " |",
+            f"| | alone |{columns}",
             "|---" * (len(names) + 2) + "|",
         ]
         for i, first in enumerate(names):
-            cells = []
-            for order in [(first,), *((first, second) for second in names)]:
-                both = [by_order.get((bare, order)) for bare in (True, False)]
-                cells.append(
-                    " ".join({"equal": "=", "refused": "-", "failed": "!"}[o.status] if o else "" for o in both)
-                )
+            cells = [marks((first,)), *(marks((first, second)) for second in names)]
             lines.append(f"| {i + 1} `{first}` | " + " | ".join(cells) + " |")
+        if depth < 3:
+            continue
+        lines += [
+            "",
+            f"## {family}: other packings",
+            "",
+            "The same; the second line of each has the column first.",
+            "",
+            f"| | alone |{columns}",
+            "|---" * (len(names) + 2) + "|",
+        ]
+        for packing in map(repr, PACKINGS):
+            lines.append(
+                f"| `{packing}` | " + " | ".join([marks((packing,)), *(marks((packing, t)) for t in names)]) + " |"
+            )
+            lines.append("| after | | " + " | ".join(marks((t, packing)) for t in names) + " |")
     reasons: dict[str, int] = {}
     for found in results.values():
         for o in found:

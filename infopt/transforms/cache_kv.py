@@ -8,7 +8,10 @@ from typing import ClassVar, final
 from infopt.errors import InfoptError
 from infopt.qtensor import Format
 from infopt.spec import Spec
-from infopt.transforms.base import Transform, order_error
+from infopt.transforms.base import Transform, order_error, whole
+
+CODECS = {8: ("int8", "float32", None), 4: ("int4_min", "float16", 32)}
+"""By bits: the format, the dtype of its scales, and how many channels share one (None: a whole head)."""
 
 
 @final
@@ -16,6 +19,7 @@ from infopt.transforms.base import Transform, order_error
 class CacheKV(Transform):
     name: ClassVar[str] = "cache_kv"
     bits: int | None = None
+    group: int | None = None
 
     @property
     def exact(self) -> bool:
@@ -29,32 +33,55 @@ class CacheKV(Transform):
                 "keys and values are kept once.",
                 "leave one of the two out",
             )
+        if (codec := self._codec(spec)) is not None:
+            codec.check_width(spec.config.head_dim, "a head of keys or values")
 
     def edit(self, spec: Spec) -> Spec:
-        return spec.replace(cache=True, kv=None if self.bits is None else Format("int8"))
+        return spec.replace(cache=True, kv=self._codec(spec))
+
+    def _codec(self, spec: Spec) -> Format | None:
+        if self.bits is None:
+            return None
+        name, scale, most = CODECS[self.bits]
+        if self.group is not None:
+            return Format(name, self.group, "float16")
+        return Format(name, most if most is None else min(most, spec.config.head_dim), scale)
 
 
-def cache_kv(bits: int | None = None) -> CacheKV:
+def cache_kv(bits: int | None = None, group: int | None = None) -> CacheKV:
     """Keep keys and values: a step then computes its new tokens only.
 
     Linear where a layer sees everything, a ring where its window is shorter than the text (see `infopt.cache`).
-    Exact; with `bits=8` not: keys and values are rounded, with a float32 scale a head of a token, before they are
-    used, in prefill too.
+    Exact; with `bits` not: keys and values are rounded, each token by itself, before they are used, in prefill too.
+
+    8 bits: symmetric, a float32 scale a head of a token. 4 bits: two to a byte, of each 32 channels (or the head, where
+    it is smaller) a 16-bit scale and a 16-bit minimum.
 
     Args:
-      bits: None keeps them as computed; 8 stores int8.
+      bits: None keeps them as computed; 8 or 4 stores so many a value.
+      group: channels of a head that share a scale (16 bits then); must divide the head.
 
     Raises:
       TransformOrderError: there is a cache already.
+      InfoptError: there is no such codec, or the group does not divide the head.
 
     >>> import infopt as ip
-    >>> cache_kv(bits=8)(ip.models.llama(layers=2, kv_heads=2, head_dim=16)).token_bytes()
-    160
+    >>> model = ip.models.llama(layers=2, kv_heads=2, head_dim=16)
+    >>> [cache_kv(bits=bits)(model).token_bytes() for bits in (None, 8, 4)]
+    [512, 160, 96]
     """
-    if bits not in (None, 8) or isinstance(bits, float | bool):
+    if bits not in (None, *CODECS) or isinstance(bits, float | bool):
         raise InfoptError(
             f"cache_kv(bits={bits!r}) is not a codec.",
-            why="keys and values are stored as they are, or in 8 bits.",
-            fix="bits=None or bits=8",
+            why="keys and values are stored as they are, or in 8 or 4 bits.",
+            fix="bits=None, bits=8 or bits=4",
         )
-    return CacheKV(bits)
+    if group is None:
+        return CacheKV(bits)
+    if bits is None:
+        raise InfoptError(
+            f"cache_kv(group={group!r}) rounds nothing.",
+            why="a group shares a scale, and without bits there is none.",
+            fix="cache_kv(bits=8, group=...), or without a group",
+        )
+    return CacheKV(bits, whole("group", group, 2))
