@@ -57,6 +57,14 @@ examples:
   infopt matrix --family llama --depth 3 --processes 2        every triple too
   infopt matrix --processes 2 --write docs/composition.md     what the documentation holds; --check compares
 """
+ABLATE_EXAMPLES = """\
+examples:
+  infopt ablate                                               the standard table, on the embedded model
+  infopt ablate smollm2-135m --out report/                    its rows are kept: a run that is stopped goes on
+  infopt ablate tiny --stack "quantize(bits=4, group=32) | cache_kv(bits=8)" --stack "8 bits=quantize(bits=8)"
+  infopt ablate tiny --tradeoffs                              each transform alone: speed, quality, memory
+  infopt ablate --study study.toml --out report/              models, texts and grids of stacks, out of a file
+"""
 BENCH_EXAMPLES = """\
 examples:
   infopt bench generate
@@ -133,6 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_library(commands)
     _add_plan(commands)
     _add_matrix(commands)
+    _add_ablate(commands)
     _add_bench(commands)
     return parser
 
@@ -270,6 +279,43 @@ def _add_matrix(commands: Any) -> None:
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--write", metavar="FILE", help="write the table to FILE")
     group.add_argument("--check", metavar="FILE", help="exit 1 if FILE says otherwise than the tests saw")
+
+
+def _add_ablate(commands: Any) -> None:
+    summary = "measure what stacks cost in quality, take in bytes and gain in speed, beside their base"
+    parser = _command(commands, "ablate", summary, ABLATE_EXAMPLES)
+    parser.set_defaults(command=_ablate)
+    parser.add_argument("model", nargs="?", default="tiny", metavar="MODEL", help="as for generate (default: tiny)")
+    parser.add_argument(
+        "--stack",
+        action="append",
+        metavar="[NAME=]TEXT",
+        help="transforms, as for generate; may be repeated (default: the standard table's)",
+    )
+    parser.add_argument("--tradeoffs", action="store_true", help="each transform alone: speed, quality, memory")
+    parser.add_argument("--study", metavar="FILE", help="a TOML file of models, texts, stacks and grids; with --out")
+    parser.add_argument("--text", metavar="FILE", help="UTF-8 text to measure on (default: documentation topics)")
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        metavar="N",
+        help="score about N tokens, 0 for all (default: 16384, by a model of 10 million weights or more 8192)",
+    )
+    parser.add_argument(
+        "--length", type=_count, metavar="N", help="tokens of a window (default: the context, at most 512)"
+    )
+    metrics = "ppl, kl, kl99, top1, bits_per_byte, greedy, decode"
+    parser.add_argument("--metrics", metavar="LIST", help=f"of {metrics}; with commas")
+    parser.add_argument("--dtype", help="of the base, as for generate (default: float32)")
+    parser.add_argument("--seed", type=int, default=0, help="of the intervals (default: %(default)s)")
+    parser.add_argument("--out", metavar="FOLDER", help="keep rows there, and the table as CSV, Markdown and a picture")
+    parser.add_argument(
+        "--picture",
+        metavar="FILE",
+        default="ablation.png",
+        help="without --out, a PNG; '' for none (default: %(default)s)",
+    )
+    parser.add_argument("--json", action="store_true", help="JSON, a line a row, in place of the table")
 
 
 def _add_bench(commands: Any) -> None:
@@ -432,6 +478,13 @@ def _matrix(args: argparse.Namespace) -> int:
     from infopt import testing
 
     return testing.matrix_main(args)
+
+
+def _ablate(args: argparse.Namespace) -> int:
+    _prepare_jax()
+    from infopt.ablation import command
+
+    return command.main(args)
 
 
 def _bench(args: argparse.Namespace) -> int:

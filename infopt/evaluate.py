@@ -94,6 +94,17 @@ class Windows:
         n = min(_whole("n", n), len(self))
         return self._only(sorted(np.random.default_rng(seed).permutation(len(self))[:n].tolist()))
 
+    def spread(self, tokens: int) -> Windows:
+        """Windows evenly out of all, that score about so many tokens; all of them where there are no more.
+
+        >>> len(windows(range(1000), 100).spread(300))
+        3
+        """
+        n = max(round(_whole("tokens", tokens) * len(self) / self.scored), 1)
+        if n >= len(self):
+            return self
+        return self._only(np.unique(np.linspace(0, len(self) - 1, n).round().astype(int)).tolist())
+
     def _only(self, chosen: Iterable[int]) -> Windows:
         chosen = list(chosen)
         sizes = None if self.bytes is None else tuple(self.bytes[i] for i in chosen)
@@ -282,11 +293,14 @@ class _Runner(NamedTuple):
     Args:
       read: tokens `[B, T]` to what `words` takes, one row for each of `width * B` places.
       words: of that, and places `[P]`, log-probabilities `[P, V]` in float32.
+      vocab: words, where they are known beforehand.
+      model: what was asked for.
     """
 
     read: Callable[[np.ndarray], tuple[Any, int]]
     words: Callable[[Any, np.ndarray], Array]
     vocab: int | None
+    model: Any = None
 
 
 @functools.lru_cache(maxsize=64)
@@ -330,6 +344,30 @@ def _runner(model: Any, params: Any) -> _Runner:
         return _log_softmax(jnp.asarray(logits[at]).astype(jnp.float32))
 
     return _Runner(read, words, None)
+
+
+def kept(model: Any, params: Any) -> _Runner:
+    """A base for `measure` that reads each text once, for many stacks: what it made of it stays in memory.
+
+    Args:
+      model, params: as for `measure`.
+
+    >>> import infopt as ip, jax
+    >>> model = ip.models.llama()
+    >>> params, text = model.init(jax.random.key(0)), ip.windows(range(60), length=32)
+    >>> base = kept(model, params)
+    >>> [ip.measure(model, params, text, base=base).kl.value for _ in range(2)]
+    [0.0, 0.0]
+    """
+    runner, seen = _runner(model, params), dict[bytes, Any]()
+
+    def read(tokens: np.ndarray) -> tuple[Any, int]:
+        key = hashlib.sha256(np.array(tokens.shape, "<i8").tobytes() + tokens.tobytes()).digest()
+        if key not in seen:
+            seen[key] = runner.read(tokens)
+        return seen[key]
+
+    return runner._replace(read=read, model=model)
 
 
 def _stack(model: Model, params: Params) -> _Runner:
@@ -650,7 +688,7 @@ def measure(
     model: Any,
     params: Any,
     windows: Windows,
-    base: tuple[Any, Any] | None = None,
+    base: tuple[Any, Any] | _Runner | None = None,
     *,
     batch: int | None = None,
     progress: Callable[[int, int], Any] | None = None,
@@ -664,7 +702,7 @@ def measure(
     Args:
       model, params: a stack and its params; or a function `tokens[B, T] -> logits[B, T, V]`, and None.
       windows: what `windows` gave.
-      base: `(model, params)` to compare with, either kind.
+      base: `(model, params)` to compare with, either kind; or `kept(model, params)`, for many stacks.
       batch: windows at once; 4,096 tokens by default.
       progress: called after each batch with the number of windows done, and of all.
 
@@ -687,9 +725,10 @@ def measure(
             why="they say which tokens are scored.",
             fix="windows(tokens, length), of which at least one is left",
         )
-    for m in (model, *([] if base is None else [base[0]])):
+    other = base if base is None or isinstance(base, _Runner) else _runner(*base)._replace(model=base[0])
+    for m in (model, *([] if other is None else [other.model])):
         _check_windows(windows, m)
-    one, other = _runner(model, params), None if base is None else _runner(*base)
+    one = _runner(model, params)
     length = windows.length
     found = _score(one, other, windows.rows, windows.starts, length, _batch(batch, length), progress)
     nll, _, *rest = ([row[i] for row in found] for i in range(2 if base is None else 4))

@@ -57,7 +57,7 @@ def rows() -> list[Row]:
 
 
 def _own() -> Iterator[Row]:
-    for name in sorted(hub.NAMES):
+    for name in hub.known():
         if path := hub.cached(name):
             yield Row(name, _size(path), path.stat().st_mtime, str(path))
         else:

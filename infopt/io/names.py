@@ -29,7 +29,7 @@ class Target:
 
     Args:
       asked: the name.
-      at: a key of `hub.NAMES`, a model of the hub, or a path of the user's own.
+      at: one of `hub.known()`, a model of the hub, or a path of the user's own.
       alias: whether aliases were followed.
     """
 
@@ -188,9 +188,9 @@ def follow(name: str) -> Target:
             # A relative path is meant from where it is written.
             folder = config_file()
             return Target(name, (folder.parent if folder else Path()) / os.path.expanduser(end), alias=True)
-    if at in hub.NAMES:
+    if at in hub.known():
         return Target(name, at, alias=len(trail) > 1)
-    names = sorted({*hub.NAMES, *known} - set(trail))
+    names = sorted({*hub.known(), *known} - set(trail))
     if len(trail) > 1:
         raise FetchError(
             f"the alias {name!r} stands for {at!r:.100}, and no model is called that",

@@ -1,0 +1,83 @@
+"""`infopt ablate`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from infopt.ablation.run import ablate
+from infopt.ablation.study import study, tradeoffs
+from infopt.ablation.table import USUAL, Table, write
+from infopt.errors import EvaluationError
+
+
+def main(args: argparse.Namespace) -> int:
+    """Runs it; returns the exit code."""
+    from infopt.io import load
+
+    if args.study is not None:
+        return _study(args)
+    if args.tradeoffs and args.stack:
+        raise EvaluationError(
+            "--tradeoffs was given stacks.", why="it measures each transform alone.", fix="one of the two"
+        )
+    stacks = None if args.stack is None else dict(_named(text) for text in args.stack)
+    metrics = USUAL if args.metrics is None else tuple(args.metrics.replace(" ", "").split(","))
+    text = None
+    if args.text is not None:
+        try:
+            text = Path(args.text).expanduser().read_text("utf-8")
+        except (OSError, ValueError) as error:
+            raise EvaluationError(f"{args.text} cannot be read.", why=str(error), fix="a file of UTF-8 text") from error
+    model, params = load(args.model, **({} if args.dtype is None else {"dtype": args.dtype}))
+    options: dict[str, Any] = {"text": text, "tokens": args.tokens, "seed": args.seed, "out": args.out}
+    options |= {"length": args.length, "name": args.model}
+    if args.tradeoffs:
+        found = tradeoffs(model, params, **options)
+        if args.out is not None:
+            write(Path(args.out) / "tradeoffs.md", found.to_markdown().encode())
+        print(found.table.to_json() if args.json else found, end="" if args.json else "\n")
+        return 0
+    table = ablate(model, params, stacks, metrics=metrics, **options)
+    _show(table, args.json)
+    if args.out is not None:
+        table.save(args.out)
+        print(f"rows, table and picture: {args.out}", file=sys.stderr)
+    elif args.picture:
+        table.save_picture(args.picture)
+        print(f"picture: {args.picture}", file=sys.stderr)
+    return 0
+
+
+def _study(args: argparse.Namespace) -> int:
+    given = [
+        f"--{name}"
+        for name in ("stack", "tradeoffs", "text", "metrics", "tokens", "length", "dtype")
+        if getattr(args, name)
+    ]
+    if given or args.out is None:
+        raise EvaluationError(
+            f"--study was given {', '.join(given)} too." if given else "--study was given no folder.",
+            why="the file says all of it." if given else "a study's tables are kept, and it goes on where it was.",
+            fix="write it into the file" if given else "--out FOLDER",
+        )
+    for (model, text), table in study(args.study, args.out).items():
+        print(f"{model}, {text}" if not args.json else "", end="\n" if not args.json else "")
+        _show(table, args.json)
+    return 0
+
+
+def _show(table: Table, as_json: bool) -> None:
+    print(table.to_json() if as_json else table, end="" if as_json else "\n", flush=True)
+
+
+def _named(text: str) -> tuple[str, str]:
+    """A stack's name and its text: NAME=TEXT where what stands before the first = is no call's beginning.
+
+    >>> _named("8 bits=quantize(bits=8)"), _named("quantize(bits=8)")
+    (('8 bits', 'quantize(bits=8)'), ('quantize(bits=8)', 'quantize(bits=8)'))
+    """
+    name, equals, rest = text.partition("=")
+    return (name.strip(), rest) if equals and "(" not in name else (text, text)

@@ -1,0 +1,346 @@
+"""Measuring an ablation: one row a stack, quality and speed from the same params on the same path, its cache included.
+
+Quality is compared with the base's window by window, speed turn by turn, so that what differs is the stack. A row is
+one line of JSON, written when it is done: a run that is killed goes on where it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from infopt import texts
+from infopt.ablation.table import METRICS, USUAL, Row, Table, write
+from infopt.errors import EvaluationError, InfoptError, nearest
+from infopt.evaluate import Windows, greedy_agreement, kept, measure, windows
+from infopt.generation import BUCKETS
+from infopt.model import Model, check_params, shapes
+from infopt.timing import decoding, turns
+from infopt.transforms import Transform, cache_kv, parse_stack
+from infopt.typing import Params
+
+LARGE = 10_000_000
+"""Weights from which on a model reads less of a text, and decodes less, by default."""
+TOKENS, TOKENS_LARGE = 16_384, 8_192
+"""About how many are scored by default."""
+SLOTS, TURNS = 128, 5
+"""Of a speed: slots of the cache, turns that a median is over."""
+DECODED, DECODED_LARGE = 64, 16
+"""Tokens decoded in a turn, after the first one."""
+PROMPTS, PROMPT, MOST_GREEDY = 8, 32, 64
+"""Of greedy texts: how many, their prompts' tokens, their new ones."""
+STANDARD = {
+    "fp16": "quantize(format='fp16')",
+    "bf16": "quantize(format='bf16')",
+    "int8": "quantize(bits=8)",
+    "int8, embedding too": "quantize(bits=8, where='*')",
+    "int8, groups of 64": "quantize(bits=8, group=64)",
+    "int4": "quantize(bits=4, group=32)",
+    "int4, scale max/7": "quantize(format='int4_absmax', group=32)",
+    "int4, minimum": "quantize(format='int4_min', group=32)",
+    "int4, minimum, 64": "quantize(format='int4_min', group=64)",
+    "nf4": "quantize(format='nf4')",
+    "mxfp4": "quantize(format='mxfp4')",
+    "8-bit kv": "cache_kv(bits=8)",
+    "4-bit kv": "cache_kv(bits=4)",
+}
+"""The standard table: 4 bits in groups of 32 unless it says otherwise, `int4` with scale = extreme value / -8."""
+ROWS = "rows.jsonl"
+
+
+def ablate(
+    model: Model,
+    params: Params,
+    stacks: Mapping[str, Transform | str | Model] | Iterable[Transform | str] | None = None,
+    *,
+    text: Any = None,
+    metrics: Sequence[str] = USUAL,
+    length: int | None = None,
+    tokens: int | None = None,
+    seed: int = 0,
+    out: str | Path | None = None,
+    progress: bool = True,
+    name: str = "",
+    **extra: Any,
+) -> Table:
+    """Measure stacks beside the model they are made of.
+
+    Args:
+      model, params: the base; its row is called "fp32" where all params are float32, else "base".
+      stacks: by name, or a list; transforms or their text. A stack without a cache is given `cache_kv()`, as the base
+        is: quality and speed come from the same path. A Model, made of this one, is taken as it is. By default the
+        standard table's.
+      text: what quality is measured on: a text, a list of documents, token ids, or `Windows`; `ip.texts.topics()` by
+        default, which no weights trained here have seen.
+      metrics: of "ppl", "kl", "kl99", "top1", "bits_per_byte", "greedy", "decode".
+      length: tokens of a window; the model's context by default, at most 512.
+      tokens: about how many are scored, evenly out of the text; 16,384 by default, 8,192 of a model of 10 million
+        weights or more; 0 for all.
+      seed: of the bootstrap.
+      out: a folder for the rows. Rows that are there already, of the same versions, are not measured again.
+      progress: whether to show a bar, on a terminal.
+      name: of the model, for the title.
+      extra: for `convert`, as `draft=` params.
+
+    Returns:
+      A table, the base first, then the stacks in their order.
+
+    Raises:
+      EvaluationError: no such metric, text that cannot be scored, or a folder with another model's rows.
+      CheckpointError: the folder cannot be written.
+      TransformOrderError, InfoptError: a stack cannot be made; before anything is measured.
+
+    >>> import infopt as ip, jax
+    >>> model = ip.models.llama(vocab=32, context=64)
+    >>> params, text = model.init(jax.random.key(0)), [n * n % 31 for n in range(400)]
+    >>> table = ip.ablate(model, params, {"int8": ip.quantize(bits=8)}, text=text, metrics=["ppl", "kl"])
+    >>> [row.name for row in table.rows], table["fp32"].scores.kl.value
+    (['fp32', 'int8'], 0.0)
+    """
+    metrics = tuple(metrics)
+    for metric in metrics:
+        if metric not in METRICS:
+            raise EvaluationError(
+                f"no metric {metric!r} is measured here.", why=nearest(str(metric), METRICS), fix=", ".join(METRICS)
+            )
+    check_params(model.spec, params)
+    made = _made(model, params, stacks)
+    what, cut = _cut(model, text, length, tokens)
+    about = _about(model, params, name, what, cut, seed)
+    folder = None if out is None else Path(out).expanduser().resolve()
+    done = {} if folder is None else _read(folder, about)
+    keys = {row: _key(stack, about, metrics) for row, stack in made.items()}
+    first = next(iter(made))
+    base = _Base(made[first], made[first].convert(params))
+    with _bar(len(made), progress) as show:
+        for row, stack in made.items():
+            if (key := keys[row]) not in done:
+                own = base.params if row == first else stack.convert(params, **extra)
+                done[key] = _measure(row, key, stack, own, base, cut, metrics, about)
+                if folder is not None:
+                    write(folder / ROWS, "".join(each.to_json() + "\n" for each in done.values()).encode())
+            show(row)
+    return Table(tuple(dataclasses.replace(done[key], name=row) for row, key in keys.items()), metrics, seed)
+
+
+def _made(model: Model, params: Params, stacks: Any) -> dict[str, Model]:
+    """Each row's stack, the base first; all are made before anything is measured."""
+    stacks = STANDARD if stacks is None else stacks
+    if isinstance(stacks, str | Transform):
+        stacks = [stacks]
+    named = stacks if isinstance(stacks, Mapping) else {str(stack): stack for stack in stacks}
+    dense = not model.spec.weights and all(x.dtype == np.float32 for x in jax.tree.leaves(params))
+    base = "fp32" if dense else "base"
+    made = {base: _cached(model)}
+    for name, stack in named.items():
+        if name == base:
+            raise EvaluationError(
+                f"a stack is named {base!r}.",
+                why="so the base is called, which is always measured.",
+                fix="another name",
+            )
+        if isinstance(stack, Model):
+            made[name] = stack
+            continue
+        transform = parse_stack(stack) if isinstance(stack, str) else stack
+        if not isinstance(transform, Transform):
+            raise EvaluationError(
+                f"{name!r} is a {type(stack).__name__}.",
+                why="a row is a stack of transforms.",
+                fix="ip.quantize(bits=8), its text, or a Model",
+            )
+        try:
+            made[name] = _cached(transform(model))
+        except InfoptError as error:
+            raise type(error)(f"{name}: {error.what}", why=error.why, fix=error.fix) from error
+    return made
+
+
+def _cached(stack: Model) -> Model:
+    return stack if stack.spec.cache else cache_kv()(stack)
+
+
+def _cut(model: Model, text: Any, length: int | None, tokens: int | None) -> tuple[str, Windows]:
+    """What the text is called, and its windows."""
+    if isinstance(text, Windows):
+        return "windows of one's own", text
+    what = "a text of one's own"
+    if text is None:
+        if model.tokenizer is None:
+            raise EvaluationError(
+                "the model has no tokenizer, and no text was given.",
+                why="the default text is English, and becomes token ids by the model's own tokenizer.",
+                fix="text=[...], token ids",
+            )
+        text = texts.topics()
+    if isinstance(text, str):
+        held_out = text == texts.topics()
+        version = platform.python_version()
+        what = f"held-out topics of CPython {version} (text {texts.digest(text)})" if held_out else what
+    cut = windows(text, min(512, model.spec.config.context) if length is None else length, tokenizer=model.tokenizer)
+    if tokens is None:
+        tokens = TOKENS if _values(model) < LARGE else TOKENS_LARGE
+    return what, cut.spread(tokens) if tokens else cut
+
+
+def _values(model: Model) -> int:
+    return sum(math.prod(shape) for shape in shapes(model.spec).values())
+
+
+def _about(model: Model, params: Params, name: str, what: str, cut: Windows, seed: int) -> dict[str, Any]:
+    h = hashlib.sha256(model.spec.to_json().encode())
+    for leaf in jax.tree.leaves(params):
+        h.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
+    c = model.spec.config
+    size = f"{model.spec.family} {c.layers} x {c.dim}, {_values(model) / 1e6:.3g} million weights"
+    return {
+        "model": {"what": f"{name} ({size})" if name else size, "digest": h.hexdigest()[:16]},
+        "text": {
+            "what": what,
+            "digest": cut.digest,
+            "scored": cut.scored,
+            "windows": len(cut),
+            "length": cut.length,
+        },
+        "seed": seed,
+        "versions": {package: _version(package) for package in ("infopt", "jax", "jaxlib", "numpy")},
+        "python": platform.python_version(),
+        "device": f"{jax.devices()[0].device_kind} ({platform.machine()}, {os.cpu_count()} cores)",
+        "commit": _commit(),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # out of a checkout that is not installed
+        return ""
+
+
+@functools.cache
+def _commit() -> str:
+    """Of the checkout that this file is in; "" where it is installed, or there is no git."""
+    try:
+        command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+        found = subprocess.run(command, capture_output=True, text=True)
+    except OSError:
+        return ""
+    return found.stdout.strip() if found.returncode == 0 else ""
+
+
+def _key(stack: Model, about: Mapping[str, Any], metrics: Sequence[str]) -> str:
+    """What a row depends on: equal keys, equal quality."""
+    parts = [
+        stack.spec.to_json(),
+        stack.recipe.steps,
+        about["model"]["digest"],
+        about["text"]["digest"],
+        about["versions"],
+        [metric for metric in metrics if metric in ("decode", "greedy")],
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+class _Base:
+    """The base, read once for all rows."""
+
+    def __init__(self, model: Model, params: Params) -> None:
+        self.model, self.params, self.read = model, params, kept(model, params)
+
+
+def _measure(
+    name: str,
+    key: str,
+    stack: Model,
+    params: Params,
+    base: _Base,
+    cut: Windows,
+    metrics: Sequence[str],
+    about: Mapping[str, Any],
+) -> Row:
+    state = stack.init_state(1, cut.length, chunk=min(max(BUCKETS), cut.length))  # as generate reads a text
+    return Row(
+        name,
+        key,
+        str(stack.recipe),
+        json.loads(stack.spec.to_json()),
+        [list(step) for step in stack.recipe.steps],
+        stack.exact,
+        sum(leaf.nbytes for leaf in jax.tree.leaves(params)),
+        _values(stack),
+        stack.token_bytes(),
+        sum(leaf.nbytes for leaf in jax.tree.leaves(state.kv)),
+        measure(stack, params, cut, base.read),
+        _greedy(stack, params, base, cut) if "greedy" in metrics else None,
+        _speeds(stack, params, base, cut) if "decode" in metrics else (),
+        about,
+    )
+
+
+def _greedy(stack: Model, params: Params, base: _Base, cut: Windows) -> Any:
+    prompts = [row[:PROMPT].tolist() for row in cut.spread(PROMPTS * cut.length).rows[:PROMPTS]]
+    new = min(MOST_GREEDY, stack.spec.config.context - PROMPT)
+    return greedy_agreement(stack, params, (base.model, base.params), prompts, max_new=new)
+
+
+def _speeds(stack: Model, params: Params, base: _Base, cut: Windows) -> tuple[tuple[float, float], ...]:
+    """Tokens a second, the stack's and the base's, turn by turn."""
+    slots = min(SLOTS, stack.spec.config.context)
+    new = min(DECODED if _values(base.model) < LARGE else DECODED_LARGE, slots // 2)
+    runs = {
+        "own": decoding(stack, params, cut.rows[0][:1], slots, new),
+        "base": decoding(base.model, base.params, cut.rows[0][:1], slots, new),
+    }
+    taken = turns(runs, TURNS)
+    return tuple((new / own, new / other) for own, other in zip(taken["own"], taken["base"], strict=True))
+
+
+def _read(folder: Path, about: Mapping[str, Any]) -> dict[str, Row]:
+    """The rows that are there, by key; the folder is there then, and can be written."""
+    path = folder / ROWS
+    try:
+        text = path.read_text("utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        text = ""
+    except (OSError, ValueError) as error:
+        raise EvaluationError(f"{path} cannot be read.", why=str(error), fix="another folder") from error
+    try:
+        rows = [Row.from_json(line) for line in text.splitlines()]
+    except EvaluationError as error:
+        raise EvaluationError(f"{path} holds what is no row.", why=error.why, fix="another folder") from error
+    for row in rows:
+        if row.about["model"]["digest"] != about["model"]["digest"]:
+            raise EvaluationError(
+                f"{folder} holds rows of another model: {row.about['model']['what']}.",
+                why=f"a table compares stacks of one model with one set of params; this is {about['model']['what']}.",
+                fix="another folder",
+            )
+    write(path, text.encode())
+    return {row.key: row for row in rows}
+
+
+@contextmanager
+def _bar(rows: int, wanted: bool) -> Iterator[Callable[[str], None]]:
+    """A function of a row's name that shows that it is done, where standard error is a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not (wanted and console.is_terminal)) as progress:
+        task = progress.add_task("rows", total=rows)
+        yield lambda name: progress.update(task, advance=1, description=name)
