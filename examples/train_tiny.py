@@ -97,11 +97,13 @@ def main() -> None:
         if args.out:
             ip.export(args.out, model, params)
             documents = texts.documents("training") + texts.docstrings()
+            sample = ip.windows(texts.topics(), 512, tokenizer=tokenizer).spread(8192)
             about = {
                 "trained_on": f"CPython {platform.python_version()}'s documentation topics and docstrings",
                 "training_text": texts.digest("\n\n".join(documents)),
                 "heldout_text": texts.digest(texts.topics()),
                 "heldout_loss": round(heldout_loss(model, params, heldout), 4),
+                "sample_perplexity": round(ip.measure(model, params, sample).ppl.value, 3),
                 "plans": [dataclasses.asdict(plan) for plan in PLANS],
                 "losses": [round(loss, 4) for loss in losses],
                 "versions": {name: importlib.metadata.version(name) for name in ("jax", "optax", "tokenizers")},

@@ -30,10 +30,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from infopt import models
+from infopt import models, texts
 from infopt.cache import rollback
 from infopt.errors import InfoptError, nearest
-from infopt.generation import _compiled
+from infopt.evaluate import measure, windows
+from infopt.generation import _compiled, generate
 from infopt.model import Model, Weights, build
 from infopt.nnx import from_nnx
 from infopt.nnx.example import Transformer
@@ -46,6 +47,7 @@ from infopt.transforms import (
     dequantize,
     gqa,
     paged,
+    parse_stack,
     quantize,
     self_draft,
     sliding_window,
@@ -265,6 +267,99 @@ def _verify_tokens(model: Model, params: Params, weights: Any, rows: list[list[i
                     f"draws {int(scores.argmax())} (ahead by {short:.2g} of the spread)."
                 )
     return worst
+
+
+# ---------------------------------------------------------------------------------------------------------- one claim
+
+
+METRICS = ("logits", "tokens", "ppl", "kl", "top1")
+"""What `reproduces` compares."""
+
+
+def reproduces(
+    model: Model,
+    params: Params,
+    stack: Transform | str,
+    *,
+    metric: str,
+    tolerance: float,
+    oracle: str | float = "base",
+    seed: int = 0,
+    text: Any = None,
+    tokens: int = 2048,
+) -> float:
+    """Hold one claim about a stack, for a suite of one's own: it raises unless the claim is reproduced.
+
+    Args:
+      model, params: what the stack is made of; the oracle "base" is this model without a cache.
+      stack: transforms, or their text.
+      metric: "logits": the greatest difference on random tokens, as a share of the oracle's spread; "tokens": of 64
+        sampled tokens the share that are not the oracle's; "ppl": the relative change; "kl": nats a token; "top1": the
+        share of tokens whose likeliest word is another.
+      tolerance: the most that it may be.
+      oracle: "base"; "numpy", the float64 model of the stack's own Spec (of "logits"); or a number, the perplexity.
+      seed: of the tokens that are drawn, sampled ones too.
+      text: as for `ip.windows`; `ip.texts.topics()` by default.
+      tokens: about how many of it are scored.
+
+    Returns:
+      What was found.
+
+    Raises:
+      Mismatch: it is beyond the tolerance, or not a number.
+      InfoptError: there is no such metric, or no such oracle of it.
+
+    >>> import infopt as ip, jax
+    >>> model = ip.models.llama(vocab=32, context=64)
+    >>> reproduces(model, model.init(jax.random.key(0)), "cache_kv()", metric="tokens", tolerance=0)
+    0.0
+    """
+    if metric not in METRICS:
+        raise InfoptError(f"reproduces(metric={metric!r})", why=nearest(metric, METRICS), fix=", ".join(METRICS))
+    known = ("base", "numpy") if metric == "logits" else ("base",)
+    if oracle not in known and not (metric == "ppl" and isinstance(oracle, int | float)):
+        raise InfoptError(
+            f"reproduces(metric={metric!r}, oracle={oracle!r})",
+            why="a claim compares with what is known otherwise.",
+            fix=f"oracle={' or '.join(map(repr, known))}" + (", or a perplexity" if metric == "ppl" else ""),
+        )
+    transform = parse_stack(stack) if isinstance(stack, str) else stack
+    made = transform(model)
+    own = made.convert(params)
+    if metric == "logits":
+        found = _logits_off(model, params, made, own, str(oracle), seed)
+    elif metric == "tokens":
+        found = _tokens_off(model, params, made, own, seed)
+    else:
+        length = min(512, model.spec.config.context)
+        cut = windows(texts.topics() if text is None else text, length, tokenizer=model.tokenizer).spread(tokens)
+        scores = measure(made, own, cut, (model, params))
+        if metric == "ppl":
+            known_ppl = measure(model, params, cut).ppl.value if oracle == "base" else float(oracle)
+            found = abs(scores.ppl.value / known_ppl - 1)
+        else:
+            found = scores.kl.value if metric == "kl" else 1 - scores.top1.value
+    if not found <= tolerance:
+        raise Mismatch(f"{made.recipe}: {metric} is off from {oracle!r} by {found:.3g}, beyond {tolerance:g}.")
+    return found
+
+
+def _logits_off(model: Model, params: Params, made: Model, own: Params, oracle: str, seed: int) -> float:
+    rng = np.random.default_rng(seed)
+    length = min(48, model.spec.config.context)
+    row = rng.integers(0, model.spec.config.vocab, length)
+    state = made.init_state(1, length)
+    logits = np.asarray(made.apply(own, jnp.asarray(row, jnp.int32)[None], state)[0][0], np.float64)
+    of, ps = (made, own) if oracle == "numpy" else (model, params)
+    want = expected_logits(of.spec, Weights.of(of.spec, ps), ps, row.tolist())
+    return float(np.abs(logits - want).max() / np.std(want))
+
+
+def _tokens_off(model: Model, params: Params, made: Model, own: Params, seed: int) -> float:
+    prompts = np.random.default_rng(seed).integers(0, model.spec.config.vocab, (4, 8)).tolist()
+    options: dict[str, Any] = dict(max_new=16, temperature=[0.0, 0.7, 1.0, 1.3], seed=seed, stop_tokens=())
+    ours, theirs = (generate(m, p, prompts, **options).tokens for m, p in ((made, own), (model, params)))
+    return float(np.mean(np.array(ours) != np.array(theirs)))
 
 
 # -------------------------------------------------------------------------------------------------------- all orders
