@@ -20,7 +20,7 @@ from infopt.evaluate import METRICS as QUALITY
 from infopt.io import disk
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from infopt.ablation.picture import Picture
 
 LOSSLESS = 1e-6
 """Mean KL, nats a token, below which rounding is said to have lost nothing: float32's own noise."""
@@ -136,7 +136,6 @@ COLUMNS = {
 }
 METRICS = (*COLUMNS, "decode")
 """What a table can show."""
-MARKERS = "osD^v<>PX*h"
 USUAL = ("ppl", "kl", "kl99", "top1", "decode")
 
 
@@ -272,7 +271,7 @@ class Table:
             raise EvaluationError("there is no row.", why="the text is empty.", fix="what Table.to_json wrote")
         return Table(rows, tuple(metrics), seed)
 
-    def plot(self, metric: str = "kl") -> Figure:
+    def plot(self, metric: str = "kl") -> Picture:
         """A picture: quality against bytes with intervals, and speed beside it where it was measured.
 
         Args:
@@ -281,7 +280,7 @@ class Table:
         Raises:
           EvaluationError: there is no such metric.
         """
-        from matplotlib.figure import Figure
+        from infopt.ablation.picture import draw  # half a second, and only wanted here
 
         if metric not in COLUMNS:
             raise EvaluationError(
@@ -289,31 +288,7 @@ class Table:
                 why="quality stands against bytes.",
                 fix=nearest(metric, list(COLUMNS)),
             )
-        fast = [row for row in self.rows if row.speed]
-        figure = Figure(figsize=(12 if fast else 7, 4.8), layout="constrained")
-        left, *right = figure.subplots(1, 2 if fast else 1, squeeze=False)[0]
-        drawn = self.rows[metric in ("kl", "kl99") :]  # of the base it is 0, and the axis counts orders
-        for row in drawn:
-            e, x = row.estimate(metric, self.seed), row.bytes_per_weight
-            reach = [[e.value - e.low], [e.high - e.value]] if math.isfinite(e.low) else None
-            marker = MARKERS[self.rows.index(row) % len(MARKERS)]
-            left.errorbar([x], [e.value], reach, fmt=marker, color=self._color(row), capsize=3, label=row.name)
-        left.legend(fontsize=7)
-        if metric in ("kl", "kl99") and any(row.scores.estimate(metric).value > 0 for row in drawn):
-            left.set_yscale("log")
-        left.set(xlabel="bytes a weight, scales and dense weights included", ylabel=QUALITY[metric])
-        if fast:
-            right[0].barh(
-                [row.name for row in fast], [row.faster for row in fast], color=[self._color(row) for row in fast]
-            )
-            right[0].axvline(1, color="grey", linewidth=0.8)
-            right[0].invert_yaxis()
-            right[0].set(xlabel=f"decoding speed, times that of {self.rows[0].name}")
-        figure.suptitle(self.title, fontsize=8)
-        return figure
-
-    def _color(self, row: Row) -> str:
-        return f"C{self.rows.index(row) % 10}"  # matplotlib's own ten; the marker tells apart what shares one
+        return draw(self, metric)
 
     def save(self, folder: str | Path) -> None:
         """Write table.csv, table.md and table.png, each whole or not at all.
@@ -328,12 +303,7 @@ class Table:
 
     def save_picture(self, path: str | Path) -> None:
         """Write `plot`, as a PNG."""
-        picture = io.BytesIO()
-        # fonts and dates aside, equal tables are equal pictures
-        self.plot("kl" if "kl" in self.metrics else "ppl").savefig(
-            picture, format="png", dpi=150, metadata={"Software": None}
-        )
-        write(Path(path), picture.getvalue())
+        write(Path(path), self.plot("kl" if "kl" in self.metrics else "ppl").png())
 
 
 def shown(e: Estimate, form: str = "") -> str:
