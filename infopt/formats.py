@@ -92,7 +92,9 @@ class Row:
     @property
     def code_dtype(self) -> str:
         """The type of the array of codes, or of the bytes of words."""
-        return self.dtype or ("int8" if self.bits == 8 and self.levels is None and self.zero == 0 else "uint8")
+        return self.dtype or (
+            "int8" if self.bits == 8 and self.levels is None and self.low < 0 == self.zero else "uint8"
+        )
 
 
 _NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
@@ -111,6 +113,8 @@ FORMATS: dict[str, Row] = {
     "int4_absmax": Row(bits=4, low=-7, high=7, zero=8, group=32),
     "int4_min": Row(bits=4, low=0, high=15, rule="minmax", group=32),
     "int4_zero": Row(bits=4, low=0, high=15, rule="zero", group=32),
+    "int8_zero": Row(bits=8, low=0, high=255, rule="zero", group=32),
+    "int2_zero": Row(bits=2, low=0, high=3, rule="zero", group=32),
     "nf4": Row(bits=4, low=-1.0, high=1.0, levels=_NF4, group=64),
     "mxfp4": Row(bits=4, low=-6.0, high=6.0, rule="power", levels=_E2M1, group=32, scale="float8_e8m0fnu"),
     "nvfp4": Row(bits=4, low=-6.0, high=6.0, levels=_E2M1, group=16, scale="float8_e4m3fn", tensor=True),

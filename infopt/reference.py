@@ -37,6 +37,8 @@ LEVELS: dict[str, tuple[int, Callable[[Float64], Float64]]] = {
     **{name: (16, lambda code: code) for name in ("fp16", "bf16")},
     **{name: (4, lambda code: code - 8) for name in ("int4", "int4_absmax", "q4_0")},
     **{name: (4, lambda code: code) for name in ("int4_min", "int4_zero", "q4_1")},
+    "int8_zero": (8, lambda code: code),
+    "int2_zero": (2, lambda code: code),
     **dict.fromkeys(("mxfp4", "nvfp4"), (4, e2m1)),
     "nf4": (4, lambda code: NORMAL_QUANTILES[code.astype(int)]),
     "int3": (3, lambda code: code - 4),

@@ -43,6 +43,7 @@ def formats() -> list[Format]:
         Format("fp8_e4m3", 32, "float32"),
         Format("int4", 128, "float16"),
         Format("int4_zero", 128, "float16"),
+        Format("int8_zero", None, "bfloat16"),
         Format("int3", 16, "float16"),
         Format("int2", 8, "float16"),
         Format("nf4", 16, "float32"),
@@ -99,7 +100,8 @@ def defined(x: np.ndarray, format: Format) -> tuple[dict[str, np.ndarray], np.nd
         return {}, codes, codes
     g = flush(x).reshape(*x.shape[:-1], -1, format.group or x.shape[-1])
     most = np.abs(g).max(-1)
-    reciprocal = {n: single(1 / d) for n, d in {"7": 7.0, "15": 15.0, "127": 127.0, "6": 6.0}.items()}
+    reciprocal = {str(n): single(1 / n) for n in (3, 6, 7, 15, 127, 255)}
+    highest = {"int2_zero": 3, "int4_zero": 15, "int8_zero": 255}.get(name, 0)
     parts: dict[str, np.ndarray] = {}
     low, relative = np.zeros_like(most), np.float64(1)
     if name == "int8":
@@ -114,8 +116,8 @@ def defined(x: np.ndarray, format: Format) -> tuple[dict[str, np.ndarray], np.nd
     elif name == "int4_min":
         parts["minimum"] = low = as_stored(g.min(-1), format.scale)
         scale = single(single(g.max(-1) - low) * reciprocal["15"])
-    elif name == "int4_zero":
-        scale = single(single(np.maximum(g.max(-1), 0) - np.minimum(g.min(-1), 0)) * reciprocal["15"])
+    elif highest:
+        scale = single(single(np.maximum(g.max(-1), 0) - np.minimum(g.min(-1), 0)) * reciprocal[str(highest)])
     elif name == "nf4":
         scale = most
     elif name == "mxfp4":
@@ -138,10 +140,10 @@ def defined(x: np.ndarray, format: Format) -> tuple[dict[str, np.ndarray], np.nd
     elif name.startswith("fp8"):
         kind = {"fp8_e4m3": ml_dtypes.float8_e4m3fn, "fp8_e5m2": ml_dtypes.float8_e5m2}[name]
         codes = level = as_stored(y, np.dtype(kind).name)
-    elif name == "int4_zero":
-        zero = np.clip(np.rint(single(-np.minimum(g.min(-1), 0) * inverse[..., 0])), 0, 15)
+    elif highest:
+        zero = np.clip(np.rint(single(-np.minimum(g.min(-1), 0) * inverse[..., 0])), 0, highest)
         parts["zero"] = zero
-        codes = np.clip(np.rint(y) + zero[..., None], 0, 15)
+        codes = np.clip(np.rint(y) + zero[..., None], 0, highest)
         level = codes - zero[..., None]
     else:
         least, greatest = {"int8": (-127, 127), "int4": (-8, 7), "int4_absmax": (-7, 7), "int4_min": (0, 15),
@@ -286,7 +288,7 @@ def test_bytes_a_weight_are_those_of_the_literature() -> None:
     assert of["nf4"] == 4.25
     assert of["q4_0"] == of["int4"] == of["int4_absmax"] == 4.5
     assert of["q4_1"] == of["int4_min"] == 5
-    assert of["int4_zero"] == 4.75
+    assert (of["int2_zero"], of["int4_zero"], of["int8_zero"]) == (2.75, 4.75, 8.75)
     assert of["q8_0"] == 8.5
 
 
