@@ -18,6 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from infopt.errors import CheckpointError
+from infopt.io import prequantised
 from infopt.io.chat_template import MAX_SOURCE, ChatTemplate, read_template
 from infopt.io.checkpoint import (
     DTYPES,
@@ -51,6 +52,7 @@ from infopt.models import (
     SmolLM3Config,
 )
 from infopt.models.base import DecoderConfig, shortest_period
+from infopt.qtensor import Format
 from infopt.spec import Config, LinearRope, Llama3Rope, TableRope, YarnRope
 
 DTYPES_READ = ("F64", "F32", "F16", "BF16")
@@ -799,7 +801,9 @@ def _open_shards(folder: Path) -> dict[str, Any]:
         try:
             _check_header(folder / file)
             shard = safe_open(folder / file, framework="numpy")
-            tensors |= {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118 (not a dict)
+            found = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118 (not a dict)
+            small = any(x.get_dtype() in prequantised.MAPPED for x in found.values())
+            tensors |= found | (prequantised.small_floats(folder / file) if small else {})
         except (SafetensorError, OSError, ValueError) as error:
             missing = not (folder / file).exists()
             raise CheckpointError(
@@ -878,12 +882,23 @@ def _read_config(settings: _Json, kind: str, context: int | None) -> Config:
     return row.read(text, context)
 
 
+def _quantisation(settings: _Json) -> dict[str, Any]:
+    """What config.json says of packed weights; a model that also sees may say it of its text."""
+    text = settings.values.get("text_config")
+    inner = text if isinstance(text, dict) else {}
+    return settings.default(quantization_config=inner.get("quantization_config")).get("quantization_config", dict, {})
+
+
+def _is_packed(tensors: Mapping[str, Any], where: Source) -> bool:
+    return any(isinstance(tensors.get(file), prequantised.Packed) for file in where.files)
+
+
 def open_checkpoint(folder: Path, dtype: str, context: int | None = None) -> Checkpoint:
     """Open a Hugging Face folder: all is checked here; the weights are read when they are asked for.
 
     Args:
       folder: with config.json, model.safetensors or its shards and index, and tokenizer.json where there is one.
-      dtype: a key of `DTYPES`; "keep" is float32, as nothing here is packed.
+      dtype: a key of `DTYPES`; "keep" keeps what a quantised checkpoint holds packed.
       context: tokens that texts will have at most; the model's own by default.
 
     Raises:
@@ -902,23 +917,24 @@ def open_checkpoint(folder: Path, dtype: str, context: int | None = None) -> Che
     kind = settings.get("model_type", str)
     if kind not in MODEL_TYPES:
         raise _unknown(folder, settings, kind)
-    if settings.values.get("quantization_config"):
-        raise CheckpointError(
-            f"{settings.where}: the weights are quantised (quantization_config).",
-            why="their packing is not known here.",
-            fix="use the float checkpoint, and quantize(...) here; or a GGUF file",
-        )
     family = MODEL_TYPES[kind]
     row = PUBLISHED[family]
     config: Any = _read_config(settings, kind, context)
     tensors = _open_shards(folder)
+    if quantised := _quantisation(settings):
+        tensors = prequantised.unpack(settings.where, quantised, tensors)
     check_layers(str(folder), config.layers, len(tensors), getattr(config, "experts", 0))
     prefix = next((p for p in row.prefixes if f"{p}{row.top['embed']}.weight" in tensors), row.prefixes[0])
     head = "language_model.lm_head.weight" if prefix == "language_model.model." else "lm_head.weight"
 
     expected = shapes(Model.of(FAMILIES[family], config).spec)
-    sources = row.sources(expected, prefix, head)
-    ignored = {name for name in tensors if name.endswith(row.unused)}
+    sources = {
+        name: dataclasses.replace(source, transposed=source.transposed and not _is_packed(tensors, source))
+        for name, source in row.sources(expected, prefix, head).items()
+    }
+    wanted = file_shapes(sources, expected)
+    ignored = prequantised.empty_biases(tensors) - wanted.keys()
+    ignored |= {name for name in tensors if name.endswith(row.unused)}
     if kind == "gemma3":
         ignored |= {name for name in tensors if name.startswith(OTHER_SENSES)}  # images: not text
     if config.tied and head in tensors and (embed := tensors.get(sources["embed"].files[0])) is not None:
@@ -930,7 +946,7 @@ def open_checkpoint(folder: Path, dtype: str, context: int | None = None) -> Che
             )
         ignored.add(head)
     used = {name: tensor for name, tensor in tensors.items() if name not in ignored}
-    check_tensors(str(folder), file_shapes(sources, expected), {n: tuple(t.get_shape()) for n, t in used.items()})
+    check_tensors(str(folder), wanted, {n: tuple(t.get_shape()) for n, t in used.items()})
     check_rotation(str(folder), config)
     for name, tensor in used.items():
         if tensor.get_dtype() not in DTYPES_READ:
@@ -939,10 +955,15 @@ def open_checkpoint(folder: Path, dtype: str, context: int | None = None) -> Che
                 why=f"read are {', '.join(DTYPES_READ)}.",
                 fix="use the float checkpoint",
             )
-    readers = {
-        name: functools.partial(_read, tensors, sources[name], shape, DTYPES[dtype]) for name, shape in expected.items()
-    }
-    return Checkpoint(family, config, {}, LazyWeights(readers), _tokenizer(folder, settings))
+    formats: dict[str, Format] = {}
+    readers: dict[str, Callable[[], Any]] = {}
+    for name, shape in expected.items():
+        if dtype == "keep" and (kept := prequantised.kept_format(tensors, sources[name], name)) is not None:
+            formats[name] = kept
+            readers[name] = functools.partial(prequantised.read, tensors, sources[name], shape)
+        else:
+            readers[name] = functools.partial(_read, tensors, sources[name], shape, DTYPES[dtype])
+    return Checkpoint(family, config, formats, LazyWeights(readers), _tokenizer(folder, settings))
 
 
 # -------------------------------------------------------------------------------------------------------- the tokenizer
