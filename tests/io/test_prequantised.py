@@ -19,9 +19,11 @@ from safetensors.numpy import load_file
 import infopt as ip
 from infopt.errors import CheckpointError
 from infopt.formats import Format
+from infopt.io import prequantised
+from infopt.io.checkpoint import Source
 from infopt.model import Weights
-from infopt.qtensor import QTensor, dequantize_array
-from infopt.reference import reference
+from infopt.qtensor import QTensor
+from infopt.reference import dequantize, reference
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 BF16, E4M3, E5M2, E8M0 = ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2, ml_dtypes.float8_e8m0fnu
@@ -155,7 +157,7 @@ def nvfp4(rng: np.random.Generator, out: int, width: int) -> Made:
     return parts, level * wide(s, q.shape) / 8192
 
 
-# ------------------------------------------------------------------------------------------------------- the checkpoints
+# ----------------------------------------------------------------------------------------------------- the checkpoints
 
 
 def write(path: Path, tensors: Parts) -> None:
@@ -245,7 +247,7 @@ SCHEMES: dict[str, tuple[dict[str, Any], Callable[..., Made], Format | None]] = 
     "whole with zeros": (compressed("int-quantized"), whole(64, True), Format("int8_zero", 64, "bfloat16")),
     "nvfp4": (compressed("nvfp4-pack-quantized"), nvfp4, Format("nvfp4", 16, "float8_e4m3fn")),
 }  # fmt: skip
-LOGITS = ("gptq", "gptq 8 bits", "gptq 2 bits symmetric", "fp8 blocks filled up", "nvfp4", "packed 4 bits")
+LOGITS = ("gptq", "fp8 blocks filled up", "nvfp4", "whole with zeros")
 """Of one kind each, those of which logits are computed."""
 
 
@@ -266,7 +268,7 @@ def test_kept_weights_are_the_checkpoints_own_to_the_last_bit(scheme: str, tmp_p
     assert fmt in formats.values()
     for name, want in values.items():
         assert isinstance(weights[name], QTensor)
-        np.testing.assert_array_equal(np.asarray(dequantize_array(weights[name])), want.astype(np.float32))
+        np.testing.assert_array_equal(dequantize(weights[name]).astype(np.float32), want.astype(np.float32))
     assert weights["layers.0.mlp.up"].dtype == np.float32
     assert model.weight_bytes() == sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(params))
     if scheme in LOGITS:
@@ -310,7 +312,7 @@ def test_nvfp4_under_any_scale_of_the_whole_is_right_to_rounding(tmp_path: Path)
     for dtype in ("keep", "float32"):
         _, _, weights = loaded(folder, dtype)
         for name, want in values.items():
-            got = weights[name] if dtype == "float32" else dequantize_array(weights[name])
+            got = weights[name] if dtype == "float32" else dequantize(weights[name]).astype(np.float32)
             np.testing.assert_allclose(np.asarray(got), want * 8192 / 7168, rtol=2.0**-22)
 
 
@@ -322,6 +324,29 @@ def test_that_activations_stay_in_float_is_said_once(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="activations were meant to be rounded too") as said:
         ip.load(folder)
     assert len(said) == 1 and said[0].filename == __file__
+
+
+GOLDEN = json.loads((FIXTURES / "prequantised_golden.json").read_text())["cases"]
+
+
+@pytest.mark.parametrize("case", GOLDEN)
+def test_values_are_those_that_compressed_tensors_and_transformers_unpack(case: str) -> None:
+    """Packed by the packages themselves: tests/fixtures/make_prequantised_golden.py."""
+
+    def array(told: dict[str, Any]) -> np.ndarray:
+        return np.frombuffer(bytes.fromhex(told["bytes"]), told["dtype"]).reshape(told["shape"])
+
+    parts = {name: array(told) for name, told in GOLDEN[case]["parts"].items()}
+    tensors = {f"m.{name}": prequantised.Mapped(x, STORED[x.dtype.name]) for name, x in parts.items()}
+    config = {"quant_method": "fp8", "weight_block_size": [4, 16]}
+    config = config if GOLDEN[case]["format"] == "fp8" else compressed(GOLDEN[case]["format"])
+    packed = prequantised.unpack("config.json", config, tensors)
+    assert packed.keys() == {"m.weight"}
+    want = array(GOLDEN[case]["values"]).astype(np.float32)
+    np.testing.assert_array_equal(packed["m.weight"][0 : len(want)], want)
+    np.testing.assert_array_equal(packed["m.weight"][3:7], want[3:7])
+    kept = prequantised.read(packed, Source(("m.weight",)), want.shape)
+    np.testing.assert_array_equal(dequantize(kept).astype(np.float32), want)
 
 
 # ------------------------------------------------------------------------------------------------------- other families
@@ -382,7 +407,7 @@ def test_rows_of_one_matrix_and_experts_and_stored_transposes(
     _, _, want = loaded(dense, "float32")
     _, _, unpacked = loaded(folder, "float32")
     for name in want:
-        got = dequantize_array(weights[name]) if isinstance(weights[name], QTensor) else weights[name]
+        got = dequantize(weights[name]).astype(np.float32) if isinstance(weights[name], QTensor) else weights[name]
         np.testing.assert_array_equal(np.asarray(got), np.asarray(want[name]), err_msg=name)
         np.testing.assert_array_equal(np.asarray(unpacked[name]), np.asarray(want[name]), err_msg=name)
     assert model.weight_bytes() == sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(params))
@@ -461,7 +486,7 @@ BAD: list[tuple[str, Callable[[Parts], Any], str]] = [
     ("gptq", lambda t: t.update({Q + "weight": np.zeros((128, 128), np.float32)}), "dense too"),
     ("gptq", lambda t: t.update({Q + "bias": np.ones(128, np.float16)}), "does not use"),
     ("awq", without("scales"), "has no scales"),
-    ("awq", replaced("qweight", lambda x: x[:100]), "2 groups for 100 inputs"[:8]),
+    ("awq", replaced("qweight", lambda x: x[:100]), "has shape [128, 100], not [128, 128]"),
     ("awq", replaced("qzeros", lambda x: x[:, :8]), "has shape [2, 8], not [2, 16]"),
     ("fp8 blocks", without("weight_scale_inv"), "has no weight_scale"),
     ("fp8 blocks", replaced("weight_scale_inv", lambda x: x[:3]), "or one a block of [32, 64]"),
@@ -471,9 +496,9 @@ BAD: list[tuple[str, Callable[[Parts], Any], str]] = [
     ("packed 4 bits with zeros", without("weight_scale"), "has no weight_scale"),
     ("packed 4 bits with zeros", replaced("weight_zero_point", lambda x: x[:3]), "has shape [3, 2], not [16, 2]"),
     ("packed 4 bits with zeros", replaced("weight_packed", lambda x: x[:, :5]), "codes are of 2, 4, 8 bits"),
-    ("packed 4 bits with zeros", replaced("weight_packed", lambda x: x.view(np.int8)), "is stored as I8"),
+    ("packed 4 bits with zeros", replaced("weight_packed", lambda x: x.astype(np.int8)), "is stored as I8"),
     ("packed 4 bits with zeros", replaced("weight_shape", lambda x: -x), "weight_shape is [-128, -128]"),
-    ("packed 4 bits with zeros", replaced("weight_shape", lambda x: x // 2), "words a row for 64 codes"),
+    ("packed 4 bits with zeros", replaced("weight_shape", lambda x: x // [1, 3]), "16 words a row for 42 codes"),
     ("whole with zeros", replaced("weight_zero_point", lambda x: x[:, :1]), "not of the shape of the scales"),
     ("whole by row", without("weight_scale"), "has no weight_scale"),
     ("nvfp4", replaced("weight_global_scale", lambda x: 0 * x), "weight_global_scale is 0.0"),
@@ -507,7 +532,7 @@ def test_zero_points_that_differ_are_believed_more_than_the_config(tmp_path: Pat
     folder, values = checkpoint(tmp_path / "model", gptq_config(sym=True), gptq())
     model, _, weights = loaded(folder, "keep")
     assert {fmt.name for _, fmt in model.spec.weights} == {"int4_zero"}
-    got = np.asarray(dequantize_array(weights["layers.0.mlp.gate"]))
+    got = np.asarray(dequantize(weights["layers.0.mlp.gate"]).astype(np.float32))
     np.testing.assert_array_equal(got, values["layers.0.mlp.gate"].astype(np.float32))
 
 
