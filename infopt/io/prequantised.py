@@ -6,7 +6,8 @@ weights are packed is told by the tensors that are there, never by the config's 
 
 With codes q, scales s and zero points z of a group of neighbours along the input axis, a weight is
   GPTQ     s * (q - z); qweight and qzeros hold z and q in 32-bit words, the first lowest, and a v1 file holds z - 1
-           (subtracted from whole words, as GPTQModel and ExLlamaV2 do, so it is added to whole words here);
+           (subtracted from whole words by GPTQModel, so it is added to whole words here, as transformers has it; where
+           all bits of a stored z are 1, AutoGPTQ and vLLM read others);
   AWQ      s * (q - z); a word holds the outputs 0, 2, 4, 6, 1, 3, 5, 7, the first lowest;
   FP8      s * q; s of the whole, of a row, or of a block of rows and columns (whose name ends in `_inv`, but which is
            the factor nonetheless); a block's scale is repeated for each of its rows;
@@ -40,6 +41,7 @@ METHODS = ("gptq", "awq", "fp8", "compressed-tensors")
 SYMMETRIC = {2: "int2", 4: "int4", 8: "int8"}
 """Formats of whole codes by bits, where all zero points are the middle one."""
 WITH_ZERO = {2: "int2_zero", 4: "int4_zero", 8: "int8_zero"}
+BITS = f"codes are of {', '.join(map(str, SYMMETRIC))} bits here"
 FLOAT8 = {"F8_E4M3": "fp8_e4m3", "F8_E5M2": "fp8_e5m2"}
 SCALES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F8_E8M0": "float8_e8m0fnu"}
 MAPPED: dict[str, Any] = {
@@ -292,26 +294,17 @@ def _spread(m: _Module, part: str, kinds: Iterable[str], out: int, width: int, b
 # --------------------------------------------------------------------------------------------------------- the methods
 
 
-def _whole_bits(m: _Module, name: str, found: int, outputs: int) -> int:
-    """Bits of a code, by how many columns of words hold one a column."""
-    bits = found * 32 // outputs
-    if bits not in SYMMETRIC or bits * outputs != found * 32:
-        raise m.wrong(
-            f"{m.name} holds {found} words for {outputs} outputs ({name})",
-            f"codes are of {', '.join(map(str, SYMMETRIC))} bits here",
-        )
-    return bits
-
-
 def _gptq(m: _Module, one: int) -> Packed:
     """A matrix with all its zero points, whatever they are."""
     scales, zeros = m.take("scales", ("F16", "BF16", "F32")), m.take("qzeros", ("I32",))
     groups, out = scales.get_shape()
-    bits = _whole_bits(m, "qzeros", zeros.get_shape()[1], out)
-    zeros = m.take("qzeros", ("I32",), (groups, out * bits // 32))
-    words = m.take("qweight", ("I32",))
-    width = words.get_shape()[0] * 32 // bits
+    count = zeros.get_shape()[1]
+    bits = next((b for b in SYMMETRIC if b * out == count * 32), None)
+    if bits is None:
+        raise m.wrong(f"{m.name}.qzeros has {count} words for {out} outputs", BITS)
+    width = m.take("qweight", ("I32",)).get_shape()[0] * 32 // bits
     words = m.take("qweight", ("I32",), (width * bits // 32, out))
+    zeros = m.take("qzeros", ("I32",), (groups, count))
     if width % groups:
         raise m.wrong(f"{m.name} has {groups} groups for {width} inputs", "the one must divide the other")
     order = None
@@ -341,9 +334,8 @@ def _symmetric(packed: Packed) -> Packed:
 
 
 def _is_symmetric(packed: Packed) -> bool:
-    middle, zero = 2 ** (packed.format.row.bits - 1), packed.zero
-    assert zero is not None
-    return all((zero(rows) == middle).all() for rows in row_chunks(packed.shape))
+    assert packed.zero is not None
+    return bool((packed.zero(slice(0, packed.shape[0])) == 2 ** (packed.format.row.bits - 1)).all())
 
 
 def _awq(m: _Module) -> Packed:
@@ -367,9 +359,9 @@ def _awq(m: _Module) -> Packed:
     )
 
 
-def _plain(m: _Module, block: Any) -> Packed:
+def _plain(m: _Module, kinds: Iterable[str], block: Any) -> Packed:
     """8-bit floats, or whole numbers, one a byte."""
-    weight = m.take("weight", (*FLOAT8, "I8"))
+    weight = m.take("weight", kinds)
     kind, (out, width) = weight.get_dtype(), weight.get_shape()
     name = "weight_scale_inv" if m.has("weight_scale_inv") else "weight_scale"
     group, scale = _spread(m, name, SCALES, out, width, block)
@@ -391,7 +383,7 @@ def _plain(m: _Module, block: Any) -> Packed:
         )
     if m.has("weight_zero_point"):  # of floats it is 0, as floats are symmetric
         _, zero = _spread(m, "weight_zero_point", ("I8", *FLOAT8, "F16", "BF16", "F32"), out, width, block)
-        if any(np.any(zero(rows).astype(np.float32)) for rows in row_chunks((out, width))):
+        if np.any(zero(slice(0, out)).astype(np.float32)):
             raise m.wrong(f"{m.name}.weight_zero_point is not 0", "8-bit floats have no zero points")
     return m.packed(width, FLOAT8.get(kind, "int8"), lambda rows: weight[rows], scale, dtype, group, out)
 
@@ -405,10 +397,7 @@ def _words(m: _Module) -> Packed:
     count = words.get_shape()[1]
     bits = next((b for b in SYMMETRIC if count == -(-width * b // 32)), None)
     if bits is None:
-        raise m.wrong(
-            f"{m.name}.weight_packed holds {count} words a row for {width} codes",
-            f"codes are of {', '.join(map(str, SYMMETRIC))} bits here",
-        )
+        raise m.wrong(f"{m.name}.weight_packed has {count} words a row for {width} codes", BITS)
     m.take("weight_packed", ("I32",), (out, count))
     group, scale = _spread(m, "weight_scale", ("F16", "BF16", "F32"), out, width, None)
     dtype = SCALES[m.tensors[f"{m.name}.weight_scale"].get_dtype()]
@@ -440,7 +429,7 @@ def _nvfp4(m: _Module) -> Packed:
         raise m.wrong(f"{m.name} has rows of {width} values", "sixteen share a scale")
     scale = m.take("weight_scale", ("F8_E4M3",), (out, width // 16))
     whole = np.asarray(m.take("weight_global_scale", ("F32",), (1,))[...])[0]
-    if not (np.isfinite(whole) and whole > 0):
+    if not 2.0**-100 < whole < 2.0**100:
         raise m.wrong(f"{m.name}.weight_global_scale is {whole}", "scales are divided by it")
 
     def codes(rows: slice) -> np.ndarray:
@@ -501,19 +490,20 @@ def unpack(where: str, config: Mapping[str, Any], tensors: Mapping[str, Any]) ->
     version = str(next((config[key] for key in said if config.get(key)), "")).lower()
     if version not in {"gptq": ("", "gptq", "gptq_v2"), "awq": ("", "gemm")}.get(method, (version,)):
         raise _refused(where, f"weights are packed as {method}'s {shown(version)}", "that packing is not known here")
+    plain = (*FLOAT8, "I8") if method == "compressed-tensors" else tuple(FLOAT8)
     readers: dict[str, Callable[[_Module], Packed]] = {}
     if method == "gptq":
         readers["qweight"] = functools.partial(_gptq, one=int(version != "gptq_v2"))
     elif method == "awq":
         readers["qweight"] = _awq
     else:
-        readers["weight"] = functools.partial(_plain, block=block)
+        readers["weight"] = functools.partial(_plain, kinds=plain, block=block)
         readers["weight_packed"] = lambda m: _nvfp4(m) if m.has("weight_global_scale") else _words(m)
     found: dict[str, Packed] = {}
     taken: set[str] = set()
     for full, tensor in tensors.items():
         name, _, part = full.rpartition(".")
-        if part not in readers or (part == "weight" and tensor.get_dtype() not in (*FLOAT8, "I8")):
+        if part not in readers or (part == "weight" and tensor.get_dtype() not in plain):
             continue
         module = _Module(where, name, tensors)
         found[f"{name}.weight"] = readers[part](module)
@@ -527,10 +517,11 @@ def unpack(where: str, config: Mapping[str, Any], tensors: Mapping[str, Any]) ->
             why="which of the two is meant cannot be told.",
             fix="fetch or quantise the model again",
         )
-    if any(group.get("input_activations") for group in _weights_of(config)) or config.get("activation_scheme"):
+    rounded = any(group.get("input_activations") for group in _weights_of(config))
+    if rounded or config.get("activation_scheme") or config.get("kv_cache_scheme"):
         warnings.warn(
-            f"{where}: its activations were meant to be rounded too; here they stay in float: the weights alone are "
-            "as the checkpoint has them",
+            f"{where}: its activations were meant to be rounded too; here they stay in float, and the weights alone "
+            "are as the checkpoint has them",
             stacklevel=5,
         )
     return left | found

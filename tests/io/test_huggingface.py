@@ -214,7 +214,7 @@ def test_tied_head_that_differs_is_refused(edited: Edit) -> None:
     ("llama", "attention_bias", True, "attention_bias=True"),
     ("llama", "mlp_bias", True, "mlp_bias=True"),
     ("llama", "hidden_act", "gelu", "hidden_act='gelu'"),
-    ("llama", "quantization_config", {"quant_method": "gptq"}, "the weights are quantised"),
+    ("llama", "quantization_config", {"quant_method": "hqq"}, "weights are quantised by 'hqq'"),
     ("llama", "rope_parameters", {"rope_type": "ntk", "rope_theta": 1e4, "factor": 2.0}, "'ntk'"),
     ("llama", "rope_parameters", {"rope_type": "llama3", "rope_theta": 1e4}, "'factor' is missing"),
     ("llama", "hidden_size", None, "'hidden_size' is missing"),

@@ -218,7 +218,7 @@ def compressed(form: str, **weights: Any) -> dict[str, Any]:
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 64, "version": "gemm", "zero_point": True}
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic"}
 PACKED = "pack-quantized"
-SCHEMES: dict[str, tuple[dict[str, Any], Callable[..., Made], Format | None]] = {
+SCHEMES: dict[str, tuple[dict[str, Any], Callable[..., Made], Format]] = {
     "gptq": (gptq_config(), gptq(), Format("int4_zero", 64, "float16")),
     "gptq v2": (gptq_config(checkpoint_format="gptq_v2"), gptq(one=0), Format("int4_zero", 64, "float16")),
     "gptq symmetric": (gptq_config(sym=True), gptq(sym=True), Format("int4", 64, "float16")),
@@ -519,6 +519,13 @@ def test_a_part_that_is_missing_or_of_another_kind_is_one_error(
 def test_packed_tensors_without_a_word_of_them_in_the_config_are_refused(tmp_path: Path) -> None:
     folder, _ = checkpoint(tmp_path / "model", {}, gptq())
     refused(folder, "has no tensor")
+
+
+@quiet
+def test_bytes_that_may_be_pairs_of_4_bit_floats_are_not_taken_for_numbers(tmp_path: Path) -> None:
+    """quant_method fp8 may store experts so, as int8."""
+    folder, _ = checkpoint(tmp_path / "model", FP8, whole(None))
+    refused(folder, "does not use")
 
 
 def test_biases_of_0_that_writers_add_are_left_out(tmp_path: Path) -> None:
