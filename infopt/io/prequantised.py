@@ -215,6 +215,15 @@ class _Module:
     def shape_of(self, part: str) -> tuple[int, ...]:
         return tuple(self.tensors[f"{self.name}.{part}"].get_shape()) if self.has(part) else ()
 
+    def order(self, part: str, width: int, groups: int) -> np.ndarray | None:
+        """The group of each input; None where groups are neighbours."""
+        if not self.has(part):
+            return None
+        found = np.asarray(self.take(part, ("I32", "I64"), (width,))[...])
+        if found.min() < 0 or found.max() >= groups:
+            raise self.wrong(f"{self.name}.{part} names a group that is not there", f"there are {groups}")
+        return None if np.array_equal(found, np.arange(width) // (width // groups)) else found
+
     def wrong(self, what: str, why: str) -> CheckpointError:
         return CheckpointError(f"{self.where}: {what}.", why=f"{why}.", fix="fetch or quantise the model again")
 
@@ -307,12 +316,6 @@ def _gptq(m: _Module, one: int) -> Packed:
     zeros = m.take("qzeros", ("I32",), (groups, count))
     if width % groups:
         raise m.wrong(f"{m.name} has {groups} groups for {width} inputs", "the one must divide the other")
-    order = None
-    if m.has("g_idx"):
-        order = np.asarray(m.take("g_idx", ("I32", "I64"), (width,))[...])
-        if order.min() < 0 or order.max() >= groups:
-            raise m.wrong(f"{m.name}.g_idx names a group that is not there", f"there are {groups}")
-        order = None if np.array_equal(order, np.arange(width) // (width // groups)) else order
     return m.packed(
         width,
         WITH_ZERO[bits],
@@ -322,7 +325,7 @@ def _gptq(m: _Module, one: int) -> Packed:
         width // groups,
         out,
         zero=functools.partial(_of_columns, lambda c: zeros[:, c], bits, list(range(32 // bits)), one=one),
-        group_of=order,
+        group_of=m.order("g_idx", width, groups),
     )
 
 
@@ -403,16 +406,10 @@ def _words(m: _Module) -> Packed:
     dtype = SCALES[m.tensors[f"{m.name}.weight_scale"].get_dtype()]
     groups = 1 if group is None else width // group
     zero: Rows | None = None
-    order: np.ndarray | None = None
     if m.has("weight_zero_point"):
         zeros = m.take("weight_zero_point", ("I32",), (-(-out * bits // 32), groups))
         zero = functools.partial(_of_columns, lambda columns: zeros[columns].T, bits, list(range(32 // bits)))
-
-    if m.has("weight_g_idx"):
-        order = np.asarray(m.take("weight_g_idx", ("I32", "I64"), (width,))[...])
-        if order.min() < 0 or order.max() >= groups:
-            raise m.wrong(f"{m.name}.weight_g_idx names a group that is not there", f"there are {groups}")
-        order = None if np.array_equal(order, np.arange(width) // (group or width)) else order
+    order = m.order("weight_g_idx", width, groups)
 
     def codes(rows: slice) -> np.ndarray:
         found = _codes(words[rows], bits)[:, :width]
