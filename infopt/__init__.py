@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         windows,
     )
     from infopt.generation import Chunk, Generation, generate, stream
+    from infopt.interop import from_qwix, to_qwix
     from infopt.io import load
     from infopt.io.export import export
     from infopt.io.saved import save
@@ -74,6 +75,7 @@ _NAMES = {
         "windows",
     ),
     "generation": ("Chunk", "Generation", "generate", "stream"),
+    "interop": ("from_qwix", "to_qwix"),
     "io": ("load",),
     "io.export": ("export",),
     "io.saved": ("save",),

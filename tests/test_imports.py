@@ -18,6 +18,7 @@ ROOMS: list[tuple[str, ...]] = [
     ("devices",),
     ("formats",),
     ("qtensor",),
+    ("interop",),
     ("spec",),
     ("masks",),
     ("cache",),
