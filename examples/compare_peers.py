@@ -10,8 +10,10 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.util
+import json
+import os
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
+from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +35,8 @@ def stack(transform: ip.Transform, model: ip.Model, params: Any) -> Measured:
 
 
 def transformers(path: Path) -> Measured:
+    os.environ.setdefault("TQDM_DISABLE", "1")
     torch, library = importlib.import_module("torch"), importlib.import_module("transformers")
-    library.utils.logging.disable_progress_bar()
     net = library.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
 
     def logits(tokens: np.ndarray) -> np.ndarray:
@@ -85,9 +87,9 @@ def cyllama(path: Path) -> Measured:
 
 
 def qwix(bits: int, model: ip.Model, params: Any) -> Measured:
-    """qwix rounds each matrix `[layers, out, in]` that `ip.quantize` would; its dequantised values run in our forward."""
+    """qwix rounds each matrix `[layers, out, in]` that `ip.quantize` would; its values run in our forward."""
     library = importlib.import_module("qwix")
-    where = jax.eval_shape(ip.quantize(bits=8)(model).convert, params)
+    packed = jax.eval_shape(ip.quantize(bits=8)(model).convert, params)
 
     @jax.jit
     def rounded(w: jax.Array) -> jax.Array:
@@ -98,7 +100,7 @@ def qwix(bits: int, model: ip.Model, params: Any) -> Measured:
     def one(place: Any, w: Any) -> Any:
         return rounded(w) if isinstance(place, ip.QTensor) else w
 
-    return model, jax.tree.map(one, where, params, is_leaf=lambda x: isinstance(x, ip.QTensor))
+    return model, jax.tree.map(one, packed, params, is_leaf=lambda x: isinstance(x, ip.QTensor))
 
 
 def rows(model: ip.Model, params: Any, path: Path) -> Iterator[tuple[str, str, str, Callable[[], Measured]]]:
@@ -118,8 +120,16 @@ def rows(model: ip.Model, params: Any, path: Path) -> Iterator[tuple[str, str, s
         yield f"qwix int{bits} weights", "qwix", what, functools.partial(qwix, bits, model, params)
 
 
+def versions(packages: str) -> str:
+    found = [f"{package} {metadata.version(package)}" for package in packages.split()]
+    if packages == "cyllama":
+        built = json.loads(resources.files("cyllama").joinpath("build_config.json").read_text("utf-8"))
+        found.append(f"which holds llama.cpp {built['versions']['llama_cpp_version']}")
+    return ", ".join(found)
+
+
 def interval(x: ip.Estimate, digits: int, times: float = 1) -> str:
-    return f"{x.value * times:.{digits}f} [{x.low * times:.{digits}f}, {x.high * times:.{digits}f}]"
+    return f"{x.value * times:.{digits}g} [{x.low * times:.{digits}g}, {x.high * times:.{digits}g}]"
 
 
 def main() -> None:
@@ -134,31 +144,27 @@ def main() -> None:
     except ip.InfoptError as error:
         parser.error(error.one_line)
 
-    print(
-        f"{path.name}, held-out topics of CPython: {len(cut)} windows of at most {LENGTH} tokens, {cut.scored} scored"
-    )
-    print(f"windows {cut.digest}\ninfopt {ip.__version__}, jax {version('jax')}, {jax.devices()[0].device_kind}")
+    print(f"{path.name}; held-out topics of CPython, {len(cut)} windows of {LENGTH} tokens, {cut.scored} tokens scored")
+    print(f"windows {cut.digest}\ninfopt {ip.__version__}, jax {jax.__version__}, {jax.devices()[0].device_kind}")
     print("KL and top-1 are against infopt float32; [95% intervals] are a bootstrap's over windows\n")
-    head = ("", "perplexity", "beside float32, %", "KL, 1e-3 nats", "99%", "top-1, %")
-    form = "{:<22}{:<26}{:<26}{:<28}{:<9}{}"
-    print(form.format(*head))
-    base, notes = None, []
+    form = "{:<21} {:<27} {:<29} {:<29} {:<8} {}"
+    print(form.format("", "perplexity", "beside float32, %", "KL, 1e-3 nats", "its 99%", "top-1, %"))
+    base, notes, warning = None, [], ""
     for name, packages, what, made in rows(model, params, path):
-        versions = ""
         try:
-            measured = made()
-            versions = ", ".join(f"{package} {version(package)}" for package in packages.split())
+            measured, said = made(), versions(packages)
         except ImportError as error:
-            print(f"{name:<22}not measured: {error}. pip install {packages}", flush=True)
+            print(f"{name:<21} not measured: {error}; pip install {packages}", flush=True)
             continue
         scores = ip.measure(*measured, cut, (model, params), batch=1)
         base = base or scores
         beside = ip.difference(scores, base, "ppl", relative=True)
-        line = (interval(scores.ppl, 4), interval(beside, 4, 100), interval(scores.kl, 4, 1e3))
-        print(form.format(name, *line, f"{scores.kl99.value:.3g}", interval(scores.top1, 2, 100)), flush=True)
-        notes.append(f"{name}: {what}" + (f" ({versions})" if versions else ""))
-        last = scores.ppl.note
-    print("\n" + "\n".join([*notes, *([last] if last else [])]))
+        numbers = (interval(scores.ppl, 6), interval(beside, 4, 100), interval(scores.kl, 4, 1e3))
+        kl99 = f"{scores.kl99.value * 1e3:.3g}"
+        print(form.format(name, *numbers, kl99, interval(scores.top1, 4, 100)), flush=True)
+        notes.append(f"{name}: {what}" + (f" ({said})" if said else ""))
+        warning = scores.ppl.note
+    print("\n" + "\n".join([*notes, warning]).rstrip())
 
 
 if __name__ == "__main__":

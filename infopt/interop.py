@@ -149,7 +149,7 @@ def from_qwix(a: Any, format: Format | None = None) -> QTensor:
             + ("has no counterpart here." if format is None or name == format.name else f"is not {format.name}."),
             why="the levels that its codes mean are none of the format's.",
             fix=f"a qtype of {', '.join(_OURS)}, zero points with int4 only; "
-            "or jnp arrays: quantize_array(qwix.dequantize(a), format), which rounds anew",
+            "or quantize_array(qwix.dequantize(a), format), which rounds anew",
         )
     format.check_width(width, "the QArray")
     wanted = width // format.group_of(width)
