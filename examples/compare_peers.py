@@ -147,7 +147,7 @@ def main() -> None:
     print(f"{path.name}; held-out topics of CPython, {len(cut)} windows of {LENGTH} tokens, {cut.scored} tokens scored")
     print(f"windows {cut.digest}\ninfopt {ip.__version__}, jax {jax.__version__}, {jax.devices()[0].device_kind}")
     print("KL and top-1 are against infopt float32; [95% intervals] are a bootstrap's over windows\n")
-    form = "{:<21} {:<27} {:<29} {:<29} {:<8} {}"
+    form = "{:<21} {:<27} {:<32} {:<30} {:<8} {}"
     print(form.format("", "perplexity", "beside float32, %", "KL, 1e-3 nats", "its 99%", "top-1, %"))
     base, notes, warning = None, [], ""
     for name, packages, what, made in rows(model, params, path):
@@ -159,7 +159,7 @@ def main() -> None:
         scores = ip.measure(*measured, cut, (model, params), batch=1)
         base = base or scores
         beside = ip.difference(scores, base, "ppl", relative=True)
-        numbers = (interval(scores.ppl, 6), interval(beside, 4, 100), interval(scores.kl, 4, 1e3))
+        numbers = (interval(scores.ppl, 6), interval(beside, 3, 100), interval(scores.kl, 3, 1e3))
         kl99 = f"{scores.kl99.value * 1e3:.3g}"
         print(form.format(name, *numbers, kl99, interval(scores.top1, 4, 100)), flush=True)
         notes.append(f"{name}: {what}" + (f" ({said})" if said else ""))
