@@ -136,7 +136,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m", help=f"a .gguf file, or one of {', '.join(hub.NAMES)}")
     parser.add_argument("--windows", type=int, default=2, metavar="N", help=f"windows of {LENGTH} tokens (2)")
+    parser.add_argument("--alone", action="store_true", help="measure what is here, though no peer is installed")
     args = parser.parse_args()
+    if not args.alone and not any(map(importlib.util.find_spec, ("transformers", "llama_cpp", "cyllama"))):
+        print("no peer is installed: pip install torch transformers cyllama; or --alone, for infopt's own rows")
+        return
     try:
         path = Path(args.model) if args.model.endswith(".gguf") else hub.resolve(args.model)
         model, params = ip.load(path)
