@@ -151,7 +151,7 @@ class Format:
     >>> Format("int4", 32, "float16").bytes_per_value(576)
     0.5625
     >>> Format("int4", 128, "float16", pad=True).bytes((10, 576))  # rows of 640 codes
-    3300
+    3304
     """
 
     name: str
@@ -211,8 +211,9 @@ class Format:
         return codes * row.bits // 8 + codes // self.group_of(width) * each
 
     def bytes(self, shape: tuple[int, ...]) -> int:
-        """Bytes that a weight `[..., out, in]` takes, all included."""
-        return math.prod(shape[:-1]) * self._row_bytes(shape[-1]) + 4 * math.prod(shape[:-2]) * self.row.tensor
+        """Bytes that a weight `[..., out, in]` takes, all included: the error of its rounding too, 4 a matrix."""
+        of_matrix = 4 * (self.row.tensor + (len(shape) > 1))
+        return math.prod(shape[:-1]) * self._row_bytes(shape[-1]) + math.prod(shape[:-2]) * of_matrix
 
     def check_width(self, width: int, name: str) -> None:
         """Raise unless the last axis of the tensor `name` splits into whole groups and bytes."""

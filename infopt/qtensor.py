@@ -18,7 +18,7 @@ from infopt.typing import Array
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["codes", "scale", "minimum", "zero", "outer"],
+    data_fields=["codes", "scale", "minimum", "zero", "outer", "error"],
     meta_fields=["format", "shape"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +37,8 @@ class QTensor:
         layers, rows, slots) are only in the leaves, so that a stack and a slice of it are the same type of pytree.
       zero: zero points, uint8 `[..., groups]`, for formats that store them.
       outer: what scales are relative to, float32 `[..., 1, 1]` of a weight, for formats that store it.
+      error: of a weight, float32 `[..., 1, 1]`: |x - what is stored| / |x| over the matrix, when it was rounded; NaN
+        where it was loaded packed. It travels with the weight for `Model.audit`, and nothing computes with it.
     """
 
     codes: Any
@@ -46,6 +48,7 @@ class QTensor:
     shape: tuple[int, ...]
     zero: Any = None
     outer: Any = None
+    error: Any = None
 
     @property
     def nbytes(self) -> int:
@@ -83,7 +86,7 @@ def no_gradient(q: QTensor) -> QTensor:
 
 def take(q: QTensor, rows: Array) -> QTensor:
     """Rows of a table `[V, D]`."""
-    one = dataclasses.replace(q, outer=None)[rows]
+    one = dataclasses.replace(q, outer=None, error=None)[rows]
     return one if q.outer is None else dataclasses.replace(one, outer=jnp.broadcast_to(q.outer[0, 0], (*rows.shape, 1)))
 
 
@@ -112,11 +115,13 @@ def quantize_array(x: Array, format: Format, trailing: int = 1, clip: str | None
     row, width = format.row, x.shape[-1]
     format.check_width(width, "the tensor")
     shape, codes = (*x.shape[-trailing:-1], width), format.padded(width)
-    x = _no_gradient(x).astype(jnp.float32)
+    given = x = _no_gradient(x).astype(jnp.float32)
     if codes > width:  # by the last value: it widens no range
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, codes - width)], mode="edge")
     if row.rule == "none":
-        return QTensor(jnp.clip(x, row.low, row.high).astype(row.code_dtype), None, None, format, shape)
+        stored = jnp.clip(x, row.low, row.high).astype(row.code_dtype)
+        error = _relative_error(given, stored.astype(jnp.float32)[..., :width]) if trailing == 2 else None
+        return QTensor(stored, None, None, format, shape, error=error)
     group = format.group_of(width)
     outer = None
     if row.tensor:
@@ -127,8 +132,26 @@ def quantize_array(x: Array, format: Format, trailing: int = 1, clip: str | None
         x = _flushed(x)
     shrink = None if clip is None else _least_error(x, format, outer)
     parts, levels = _rounded(x, format, outer, shrink)
-    packed = _packed(levels, row)
-    return QTensor(packed, parts["scale"], parts.get("minimum"), format, shape, parts.get("zero"), outer)
+    packed, error = _packed(levels, row), None
+    if trailing == 2:
+        values = _values(levels, row, parts, outer)
+        error = _relative_error(given, values.reshape(*values.shape[:-2], -1)[..., :width])
+    return QTensor(packed, parts["scale"], parts.get("minimum"), format, shape, parts.get("zero"), outer, error)
+
+
+def _relative_error(x: Array, stored: Array) -> Array:
+    """|x - stored| / |x| over a matrix, `[..., 1, 1]`; 0 where all of x counts as 0."""
+    most = jnp.max(jnp.abs(x), (-2, -1), keepdims=True)
+    exponent = jnp.clip(jax.lax.bitcast_convert_type(most, jnp.int32) >> 23, 1, 253)
+    unit = jax.lax.bitcast_convert_type((254 - exponent) << 23, jnp.float32)  # or squares leave float32's range
+    unit = jnp.broadcast_to(unit, x.shape)
+    x, stored = x * unit, stored * unit
+
+    def squares(y: Array) -> Array:  # rows first: one sum over millions of terms would lose digits
+        of_rows = jax.lax.optimization_barrier(jnp.sum(y**2, -1, keepdims=True))
+        return jnp.sum(of_rows, -2, keepdims=True)
+
+    return jnp.sqrt(squares(x - stored) / jnp.where(most < _LEAST, 1, squares(x)))
 
 
 def _flushed(x: Array) -> Array:

@@ -641,7 +641,8 @@ def _packed(t: Tensor, order: np.ndarray | None = None) -> QTensor:
         for i, stored in enumerate(parts):
             stored[part] = np.ascontiguousarray(blocks[..., 2 * i : 2 * i + 2]).view("<f2")[..., 0]
     codes, *parts = (x.reshape(*t.shape[:-1], x.shape[-1]) for x in (codes, *parts))
-    return QTensor(codes, parts[0], parts[1] if fmt.row.minimum else None, fmt, t.shape[-2:])
+    unknown = np.full((*t.shape[:-2], 1, 1), np.nan, np.float32)  # what it was rounded from is not in the file
+    return QTensor(codes, parts[0], parts[1] if fmt.row.minimum else None, fmt, t.shape[-2:], error=unknown)
 
 
 def _unknown(f: File, arch: str) -> CheckpointError:

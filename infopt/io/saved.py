@@ -45,7 +45,8 @@ from infopt.qtensor import Format, QTensor
 from infopt.spec import Recipe, Spec
 from infopt.typing import Params
 
-HEADER, FORMAT, VERSION = "stack.json", "infopt stack", 1
+HEADER, FORMAT, VERSION = "stack.json", "infopt stack", 2
+"""Version 1 had no errors of rounding beside packed weights: they are not known when it is loaded."""
 DATA_NAME = re.compile(r"data-[0-9a-f]{16}")
 MOST_JSON = 16 << 20
 """Bytes of JSON that are read: a Spec of a thousand layers takes less than one MB."""
@@ -155,12 +156,14 @@ class Opened:
       arrays: the folder of its arrays.
       stored: of each weight, its type (where it is packed, its format's name) and its bytes on the disk.
       checksums: of each array, by name; None where an older version saved it.
+      version: of the format in which it was saved.
     """
 
     model: Model
     arrays: Path
     stored: dict[str, tuple[str, int]]
     checksums: dict[str, str] | None
+    version: int
 
     @property
     def dtype(self) -> str:
@@ -192,21 +195,20 @@ def open_stack(folder: Path, dtype: str) -> Opened:
     _check_folder(data / "arrays", folder)
     spec = _read_spec(folder, header["spec"], len(os.listdir(data / "arrays")))
     model = Model(spec, Recipe(header["recipe"]), _read_tokenizer(data, header), restored_exact=header["exact"])
-    return Opened(model, data / "arrays", _check_arrays(data / "arrays", spec), header["checksums"])
+    stored = _check_arrays(data / "arrays", spec, header["version"])
+    return Opened(model, data / "arrays", stored, header["checksums"], header["version"])
 
 
 def load(folder: Path, dtype: str) -> tuple[Model, Params]:
     """A stack that `save` wrote, and its params as they were saved. Takes and raises what `open_stack` does."""
     opened = open_stack(folder, dtype)
     model, spec = opened.model, opened.model.spec
-    weights = _SavedWeights(opened.arrays, opened.checksums, spec)
+    weights = _SavedWeights(opened, spec)
     if spec.program is None:
         return model, assemble(spec, weights)
     return model, {
         "target": assemble(spec.replace(program=None), weights),
-        "draft": assemble(
-            spec.program.draft, _SavedWeights(opened.arrays, opened.checksums, spec.program.draft, "draft.")
-        ),
+        "draft": assemble(spec.program.draft, _SavedWeights(opened, spec.program.draft, "draft.")),
     }
 
 
@@ -437,8 +439,8 @@ class _Leaf:
         return f"{self.weight}.{self.part}" if self.part else self.weight
 
 
-def _leaves(spec: Spec, prefix: str = "") -> Iterator[_Leaf]:
-    """Every array of a Spec's params."""
+def _leaves(spec: Spec, prefix: str = "", version: int = VERSION) -> Iterator[_Leaf]:
+    """Every array of a Spec's params, as a version of the format has them."""
     formats = dict(spec.weights)
     for name, shape in shapes(spec).items():
         name, fmt = prefix + name, formats.get(name)
@@ -449,6 +451,8 @@ def _leaves(spec: Spec, prefix: str = "") -> Iterator[_Leaf]:
         codes, row = fmt.padded(width), fmt.row
         scales, floats = (*rows, codes // fmt.group_of(width)), KINDS[fmt.scale] if fmt.scale in SMALL else FLOATS
         yield _Leaf(name, "codes", (*rows, codes * row.bits // 8 if row.bits < 8 else codes), KINDS[row.code_dtype])
+        if version > 1:
+            yield _Leaf(name, "error", (*rows[:-1], 1, 1), FLOATS)
         if row.rule == "none":
             continue
         yield _Leaf(name, "scale", scales, floats)
@@ -459,7 +463,7 @@ def _leaves(spec: Spec, prefix: str = "") -> Iterator[_Leaf]:
         if row.tensor:
             yield _Leaf(name, "outer", (*rows[:-1], 1, 1), FLOATS)
     if spec.program is not None:
-        yield from _leaves(spec.program.draft, "draft.")
+        yield from _leaves(spec.program.draft, "draft.", version)
 
 
 def _arrays(spec: Spec, params: Params) -> dict[str, Any]:
@@ -486,8 +490,9 @@ def _arrays(spec: Spec, params: Params) -> dict[str, Any]:
 class _SavedWeights(LazyWeights):
     """Weights read when they are asked for: those of one stack of layers together, and let go as they are taken."""
 
-    def __init__(self, folder: Path, checksums: dict[str, str] | None, spec: Spec, prefix: str = "") -> None:
-        self._folder, self._checksums, self._spec, self._prefix = folder, checksums, spec, prefix
+    def __init__(self, opened: Opened, spec: Spec, prefix: str = "") -> None:
+        self._folder, self._checksums, self._version = opened.arrays, opened.checksums, opened.version
+        self._spec, self._prefix = spec, prefix
         self._read: dict[str, Any] = {}
         super().__init__({name: functools.partial(self._take, name) for name in shapes(spec)})
 
@@ -495,7 +500,7 @@ class _SavedWeights(LazyWeights):
         if name not in self._read:
             alike = {self._prefix + n for n in shapes(self._spec) if _within_layer(n) == _within_layer(name)}
             plain = self._spec.replace(program=None)
-            leaves = [leaf for leaf in _leaves(plain, self._prefix) if leaf.weight in alike]
+            leaves = [leaf for leaf in _leaves(plain, self._prefix, self._version) if leaf.weight in alike]
             read = _restore(self._folder, leaves)
             if self._checksums is not None:
                 _check_values(self._folder, self._checksums, _checksums(read, leaves))
@@ -503,8 +508,9 @@ class _SavedWeights(LazyWeights):
         x, fmt = self._read.pop(name), self._spec.format_of(name)
         if fmt is None:
             return x
-        codes, scale, shape = x.pop("codes"), x.pop("scale", None), shapes(self._spec)[name][-2:]
-        return QTensor(codes, scale, x.pop("minimum", None), fmt, shape, **x)
+        codes, scale, shape = x.pop("codes"), x.pop("scale", None), shapes(self._spec)[name]
+        x.setdefault("error", np.full((*shape[:-2], 1, 1), np.nan, np.float32))
+        return QTensor(codes, scale, x.pop("minimum", None), fmt, shape[-2:], **x)
 
 
 def _within_layer(name: str) -> str:
@@ -558,9 +564,9 @@ def _formats(spec: Spec) -> dict[str, Format]:
     return own if spec.program is None else own | {f"draft.{n}": f for n, f in spec.program.draft.weights}
 
 
-def _check_arrays(folder: Path, spec: Spec) -> dict[str, tuple[str, int]]:
+def _check_arrays(folder: Path, spec: Spec, version: int) -> dict[str, tuple[str, int]]:
     """Raise unless each array is on disk, in the size that the Spec gives it; what `Opened.stored` says."""
-    leaves, formats, stored = list(_leaves(spec)), _formats(spec), dict[str, tuple[str, int]]()
+    leaves, formats, stored = list(_leaves(spec, version=version)), _formats(spec), dict[str, tuple[str, int]]()
     _check_tree(folder, leaves)
     for leaf in leaves:
         kind, size = _check_array(folder, leaf)
