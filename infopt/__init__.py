@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from infopt import bench, models, testing, texts, train
     from infopt.ablation import Table, ablate
+    from infopt.audit import Audit
     from infopt.cache import State, rollback
     from infopt.chat import Chat
     from infopt.errors import InfoptError, TransformOrderError
@@ -58,6 +59,7 @@ __version__ = "0.1.0"
 _MODULES = ("bench", "models", "testing", "texts", "train")
 _NAMES = {
     "ablation": ("Table", "ablate"),
+    "audit": ("Audit",),
     "cache": ("State", "rollback"),
     "chat": ("Chat",),
     "errors": ("InfoptError", "TransformOrderError"),

@@ -1,4 +1,4 @@
-"""The command line: `infopt generate`, `chat`, `pull`, `list`, `show`, `rm`, `families`, `plan`, `matrix`, `bench`.
+"""The command line: `generate`, `chat`, `pull`, `list`, `show`, `rm`, `families`, `plan`, `audit`, `matrix`, `bench`.
 
 JAX and the rest of the library are imported inside the commands, so that `--help` and a mistyped option answer at once.
 """
@@ -50,6 +50,12 @@ examples:
   infopt plan --device rtx4090,m3-max:36 --context 32768      and on those?
   infopt plan smollm2-135m --context 8192 --batch 16 --device h100,a100,rtx4090,m3-max,cpu
   infopt plan ./model.gguf --dtype keep --stack "sliding_window(1024, sinks=4) | cache_kv(bits=8)"
+"""
+AUDIT_EXAMPLES = """\
+examples:
+  infopt audit smollm2-135m --stack "quantize(format='nf4', where='*.mlp.*')"
+  infopt audit smollm2-135m --stack "quantize(where={'embed': 8, '*.mlp.*': 4, '*': None})"
+  infopt audit ./saved-stack --json
 """
 MATRIX_EXAMPLES = """\
 examples:
@@ -140,6 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_chat(commands)
     _add_library(commands)
     _add_plan(commands)
+    _add_audit(commands)
     _add_matrix(commands)
     _add_ablate(commands)
     _add_bench(commands)
@@ -261,6 +268,17 @@ def _add_plan(commands: Any) -> None:
         "--kv-dtype", default="float32", choices=dtypes[:3], help="of keys and values (default: %(default)s)"
     )
     parser.add_argument("--json", action="store_true", help="JSON in place of tables")
+
+
+def _add_audit(commands: Any) -> None:
+    summary = "what a stack made of each matrix: rule, format, bits, bytes, error; fails where a rule was not kept"
+    parser = _command(commands, "audit", summary, AUDIT_EXAMPLES)
+    parser.set_defaults(command=_audit)
+    parser.add_argument("model", metavar="MODEL", help="as for generate")
+    parser.add_argument("--stack", metavar="TEXT", help="as for generate (default: none)")
+    dtypes = ["float32", "bfloat16", "float16", "keep"]
+    parser.add_argument("--dtype", default="float32", choices=dtypes, help="as for generate (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="JSON in place of a table")
 
 
 def _add_matrix(commands: Any) -> None:
@@ -471,6 +489,13 @@ def _plan(args: argparse.Namespace) -> int:
     from infopt import planner
 
     return planner.main(args)
+
+
+def _audit(args: argparse.Namespace) -> int:
+    _prepare_jax()
+    from infopt import audit
+
+    return audit.main(args)
 
 
 def _matrix(args: argparse.Namespace) -> int:

@@ -42,6 +42,12 @@ class ParamsError(InfoptError):
     """Params do not fit the stack that they were given to."""
 
 
+class AuditError(ParamsError):
+    """A matrix is not what the rules of its stack say; `audit` is the whole table."""
+
+    audit: object = None
+
+
 class PromptError(InfoptError):
     """A prompt, its tokens or its lengths cannot be served by this model and state."""
 

@@ -23,6 +23,7 @@ from infopt.spec import ROPE_SCALINGS, Config, Recipe, Spec, Speculation, Window
 from infopt.typing import Array, Params, is_traced
 
 if TYPE_CHECKING:
+    from infopt.audit import Audit
     from infopt.transforms.base import Transform
 
 
@@ -249,6 +250,19 @@ class Weights(Mapping[str, Any]):
         changed = {n: _Entry(lambda n=n, e=self._entries[n]: change(n, e.get())) for n in names}
         return Weights(self._entries | changed)
 
+    @staticmethod
+    def named(names: Iterable[str]) -> Weights:
+        """Weights that cannot be read: what a transform does to them tells which ones it changes."""
+
+        def unread() -> Any:
+            raise ParamsError("a weight was read that has no value.", why="it stands for its name.", fix="do not read")
+
+        return Weights({n: _Entry(unread) for n in names})
+
+    def changed_from(self, before: Weights) -> set[str]:
+        """The names whose weights are not those that were there before."""
+        return {n for n, e in self._entries.items() if before._entries.get(n) is not e}
+
     def join(self, prefix: str, other: Weights) -> Weights:
         """Both, the other's names behind a prefix."""
         return Weights(self._entries | {prefix + n: e for n, e in other._entries.items()})
@@ -292,7 +306,7 @@ def assemble(spec: Spec, weights: Mapping[str, Any], platform: str | None = None
                 fix=nearest(name, list(weights)),
             )
         x = weights[name]
-        _check_weight(name, x, expected[name], formats.get(name), leading=())
+        check_weight(name, x, expected[name], formats.get(name), leading=())
         return x
 
     def put(x: Any) -> Any:
@@ -352,7 +366,8 @@ def aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
-def _check_weight(name: str, x: Any, shape: tuple[int, ...], fmt: Format | None, leading: tuple[int, ...]) -> None:
+def check_weight(name: str, x: Any, shape: tuple[int, ...], fmt: Format | None, leading: tuple[int, ...]) -> None:
+    """Raise ParamsError unless a weight, or a stack of weights, has a shape and a format."""
     fix = "model.convert(params) with this very model, or params that were converted for it"
     if fmt is None:
         if is_qtensor(x):
@@ -396,7 +411,20 @@ def check_params(spec: Spec, params: Params) -> None:
         check_params(spec.replace(program=None), params["target"])
         check_params(spec.program.draft, params["draft"])
         return
-    expected, formats, segs = shapes(spec), dict(spec.weights), segments(spec)
+    check_names(spec, params)
+    expected, formats = shapes(spec), dict(spec.weights)
+    for name in set(params) - {"segments"}:
+        check_weight(name, params[name], expected[name], formats.get(name), ())
+    for seg, blocks in zip(segments(spec), params["segments"], strict=True):
+        for phase, stacks in enumerate(blocks):
+            for name, stack in stacks.items():
+                full = f"layers.{seg.layer(0, phase)}.{name}"
+                check_weight(full, stack, expected[full], formats.get(full), (seg.repeats,))
+
+
+def check_names(spec: Spec, params: Params) -> None:
+    """Raise ParamsError unless `params` have the names of one model, and its segments of layers."""
+    expected, segs = shapes(spec), segments(spec)
     fix = "params of this stack: model.convert(base_params), or model.init(key)"
     if not isinstance(params, Mapping) or "segments" not in params:
         raise ParamsError(
@@ -411,8 +439,6 @@ def check_params(spec: Spec, params: Params) -> None:
             why="they are the params of another model or stack.",
             fix=fix,
         )
-    for name in top - {"segments"}:
-        _check_weight(name, params[name], expected[name], formats.get(name), ())
     got = tuple(tuple(tuple(sorted(p)) for p in blocks) for blocks in params["segments"])
     if got != tuple(tuple(tuple(sorted(n)) for n in seg.names) for seg in segs):
         raise ParamsError(
@@ -420,11 +446,6 @@ def check_params(spec: Spec, params: Params) -> None:
             why="they belong to another stack.",
             fix=fix,
         )
-    for seg, blocks in zip(segs, params["segments"], strict=True):
-        for phase, stacks in enumerate(blocks):
-            for name, stack in stacks.items():
-                full = f"layers.{seg.layer(0, phase)}.{name}"
-                _check_weight(full, stack, expected[full], formats.get(full), (seg.repeats,))
 
 
 def trainable(params: Params) -> tuple[Params, Callable[[Params], Params]]:
@@ -893,6 +914,31 @@ class Model:
             assert m.parent is not None and m.transform is not None
             weights = m.transform.params(weights, m.parent, m.spec, **{n: extra[n] for n in m.transform.extras})
         return assemble(self.spec, weights, platform)
+
+    def audit(self, params: Params) -> Audit:
+        """Matrix by matrix what this stack made of it: rule, format, bits, bytes, the error of its rounding, changed.
+
+        What is printed is a table. A stack that was saved and loaded gives the very same.
+
+        Args:
+          params: those of this stack; their values are read.
+
+        Raises:
+          AuditError: a matrix that a rule meant to touch is dense, in another format or shape, or not finite; all of
+            them are named, and the error's `audit` holds the table.
+          ParamsError: the params are another model's altogether.
+
+        >>> import infopt as ip, jax
+        >>> model = ip.quantize(format="nf4", where="*.mlp.*")(ip.models.llama(dim=64, mlp=64))
+        >>> lines = model.audit(model.init(jax.random.key(0))).lines
+        >>> [(line.name, line.rule, line.format, line.changed) for line in lines if ".0." in line.name][3:5]
+        [('layers.0.attn.v', '-', 'float32', 'no'), ('layers.0.mlp.down', '1: *.mlp.*', 'nf4', 'yes')]
+        """
+        from infopt.audit import inspect
+
+        found = inspect(self, params)
+        found.check()
+        return found
 
     def weight_bytes(self) -> int:
         """Bytes of all weights, at 4 a dense value: the params' own, unless they were loaded in 16 bits."""

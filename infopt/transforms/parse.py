@@ -29,11 +29,12 @@ DEFAULT = "cache_kv()"
 _EXAMPLE = "quantize(bits=8) | cache_kv()"
 
 
-def parse_stack(text: str) -> Transform:
+def parse_stack(text: str, most: int = 2000) -> Transform:
     """The transform that a text describes: calls joined by `|`, with literal arguments or calls inside.
 
     Args:
       text: as `"quantize(bits=8) | sliding_window(256, sinks=4) | cache_kv(bits=8)"`; "" is no transform.
+      most: characters of a text that are read.
 
     Raises:
       StackSyntaxError: it does not parse, names what is no transform, or holds anything but literals.
@@ -49,11 +50,11 @@ def parse_stack(text: str) -> Transform:
         )
     if not text.strip():
         return compose()
-    if len(text) > 2000:
+    if len(text) > most:
         raise StackSyntaxError(
             f"a stack's text of {len(text)} characters.",
             why="no stack is that long, and parsing takes memory.",
-            fix="at most 2000",
+            fix=f"at most {most}",
         )
     try:
         tree = ast.parse(" ".join(text.split()), mode="eval").body
