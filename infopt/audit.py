@@ -46,7 +46,8 @@ class Line:
       group: neighbours that share a scale; "row" is a whole row, "-" none.
       bits: a weight takes, with its share of scales and all that is stored beside.
       bytes: of the live buffers.
-      error: |x - what is stored| / |x| when it was rounded; None where it was not, or where it is not known.
+      error: |x - what is stored| / |x| when it was rounded, of several experts the root of the mean square; None where
+        it was not, or where it is not known.
       changed: "yes", "no", "as loaded", or "?" where that is not known.
       problem: what is wrong with it, "" where nothing is.
     """
@@ -106,7 +107,8 @@ class Audit:
             + ", ".join(n for names in by_problem.values() for n in ranges(names))
             + ".",
             why="; ".join(f"{', '.join(ranges(names))}: {problem}" for problem, names in by_problem.items()) + ".",
-            fix="params = model.convert(base_params) with this very model, and save them again",
+            fix="params = model.convert(base_params) with this very model, and save them again (a stack that was saved "
+            "before errors of rounding were kept has none)",
         )
         error.audit = self
         raise error
@@ -301,7 +303,7 @@ def _not_finite(x: Any, count: int, stacked: bool) -> list[str]:
             continue  # of another shape, which is told as such
         good = np.asarray(_finite(leaf if stacked else leaf[None]))
         for i in np.flatnonzero(~good):
-            out[i] = out[i] or f"its {part or 'values'} are not finite"
+            out[i] = out[i] or f"its {part or 'array'} holds NaN or infinite values"
     return out
 
 
@@ -335,7 +337,7 @@ def _errors(x: Any, count: int) -> list[float | None]:
     if x.error is None or x.error.size == 0 or x.error.size % count:
         return [math.nan] * count
     each = np.asarray(x.error, np.float64).reshape(count, -1)
-    return [float(e) for e in np.sqrt(np.mean(each**2, 1))]
+    return [float(e) for e in (each[:, 0] if each.shape[1] == 1 else np.sqrt(np.mean(each**2, 1)))]
 
 
 def _line(name: str, x: Any, claim: _Claim | None, fmt: Format | None, error: float | None, foreign: bool) -> Line:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import operator
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, final
 
@@ -105,7 +106,7 @@ class Quantize(Transform):
             )
         return InfoptError(
             f"{self!r}: no weight is named like {pattern!r}.",
-            why=nearest(pattern, matrices),
+            why=_why_nothing(spec, pattern, matrices),
             fix="a pattern over logical names, as 'layers.*.mlp.*', 'embed', 'head'",
         )
 
@@ -143,6 +144,19 @@ class Quantize(Transform):
             mapping = any(not isinstance(each, str) for each in self.where)
             given["where"] = dict(self.where) if mapping else list(self.where)  # type: ignore[arg-type]
         return f"quantize({', '.join(f'{k}={v!r}' for k, v in given.items() if v is not usual[k] and v is not None)})"
+
+
+def _why_nothing(spec: Spec, pattern: str, matrices: list[str]) -> str:
+    """The near names, those of all layers as one."""
+    if pattern == "head" and "embed" in matrices:
+        return "the head of this model is its embedding: 'embed'."
+    for wider in (f"*.{pattern}", f"*.{pattern}.*"):
+        if names := fnmatch.filter(matrices, wider):
+            return f"did you mean {wider!r}? It is compared with the whole name, as {names[0]!r}."
+    index = re.match(r"layers\.(\d+)\.", pattern)
+    if index and int(index[1]) >= spec.config.layers:
+        return f"the model has layers 0 to {spec.config.layers - 1}."
+    return nearest(pattern, list(dict.fromkeys(re.sub(r"^layers\.\d+\.", "layers.*.", n) for n in matrices)))
 
 
 @jax.jit(static_argnums=(1, 2))
