@@ -153,9 +153,9 @@ def _why_nothing(spec: Spec, pattern: str, matrices: list[str]) -> str:
     for wider in (f"*.{pattern}", f"*.{pattern}.*"):
         if names := fnmatch.filter(matrices, wider):
             return f"did you mean {wider!r}? It is compared with the whole name, as {names[0]!r}."
-    index = re.match(r"layers\.(\d+)\.", pattern)
-    if index and int(index[1]) >= spec.config.layers:
-        return f"the model has layers 0 to {spec.config.layers - 1}."
+    if index := re.match(r"layers\.(\d+)\.", pattern):
+        own = [n for n in matrices if n.startswith(index[0])]
+        return nearest(pattern, own) if own else f"the model has layers 0 to {spec.config.layers - 1}."
     return nearest(pattern, list(dict.fromkeys(re.sub(r"^layers\.\d+\.", "layers.*.", n) for n in matrices)))
 
 

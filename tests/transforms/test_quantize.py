@@ -110,10 +110,27 @@ def test_a_pattern_that_matches_nothing_suggests_what_is_near() -> None:
             ip.quantize(bits=8, where=where)(BARE)
 
 
+@pytest.mark.parametrize(
+    ("where", "why"),
+    [
+        ("mlp", "did you mean '*.mlp.*'?"),
+        ("mlp.*", "did you mean '*.mlp.*'?"),
+        ("layers.7.*", "layers 0 to 1"),
+        ("layers.*.atn.q", "did you mean 'layers.*.attn.q'"),
+        ("embd", "did you mean 'embed'?"),
+    ],
+)
+def test_a_near_pattern_is_told_once_for_all_layers(where: str, why: str) -> None:
+    with pytest.raises(InfoptError) as e:
+        ip.quantize(where={where: 8, "*": None})(BARE)
+    assert why in e.value.why
+
+
 def test_a_tied_model_has_no_head_to_pack() -> None:
     tied = ip.models.llama(layers=1, dim=32, vocab=29)
-    with pytest.raises(InfoptError, match="no weight is named like 'head'"):
+    with pytest.raises(InfoptError, match="no weight is named like 'head'") as e:
         ip.quantize(bits=8, where="head")(tied)
+    assert "its embedding: 'embed'" in e.value.why
 
 
 def test_a_group_that_does_not_divide_names_the_weight_and_those_that_do() -> None:
