@@ -3,10 +3,14 @@
 A value is  scale * level,  or  scale * level + minimum,  or  scale * (level - zero point).  Levels are whole numbers, a
 float type's values, or any 2 ** bits numbers. Neighbours along the last axis share a scale in groups.
 
-Codes of 2, 3, 4 or 6 bits lie in words: as few codes as fill whole bytes (two in a byte, four in a byte, eight in three
-bytes, four in three), the first lowest. Of a group of g codes, n to a word, word j holds elements j, j + g/n, j + 2g/n,
-...; byte m of it is byte m * g/n + j of the group. For 4 bits that is the order of GGUF's blocks, so that a file's are
-kept without loss; and codes come out of words as n planes, each a run of neighbours.
+Codes of 2 to 6 bits lie in words: as few codes as fill whole bytes (four in a byte, eight in three bytes, two in one,
+eight in five, four in three), the first lowest. Of a group of g codes, n to a word, word j holds elements j, j + g/n,
+j + 2g/n, ...; byte m of it is byte m * g/n + j of the group. For 4 bits that is the order of GGUF's plain blocks, so
+that a file's are kept without loss; and codes come out of words as n planes, each a run of neighbours.
+
+GGUF's K-quants have sub-groups within a group of 256: each has a whole number that multiplies the group's scale, and,
+where there are minima, one that multiplies its minimum. Of a group first come all of the scale's, then the minimum's;
+those of 6 bits lie in words, as a group of codes does.
 """
 
 from __future__ import annotations
@@ -34,7 +38,7 @@ class Row:
     """What a format is: the levels, the packing and the scale rule.
 
     Args:
-      bits: bits a code takes in memory: 2, 3, 4, 6, 8 or 16.
+      bits: bits a code takes in memory: 2, 3, 4, 5, 6, 8 or 16.
       low, high: the least and the greatest level.
       zero: added to a whole level to make its code, so that none is negative.
       rule: a key of `RULES`.
@@ -46,6 +50,9 @@ class Row:
       tensor: whether scales are themselves relative to a float32 one, of which a matrix has one.
       ggml: round as llama.cpp does, by the scale before it is rounded itself, ties away from zero; then blocks are its
         own, bit for bit.
+      sub: how many neighbours within a group share a whole number that its scale is multiplied by.
+      sub_bits: of such a number: 6, from 0 on, or 8, signed.
+      kept: nothing rounds to this format: files hold it, and their blocks are kept. `rule` then says what is stored.
     """
 
     bits: int
@@ -59,13 +66,16 @@ class Row:
     scale: str = "float16"
     tensor: bool = False
     ggml: bool = False
+    sub: int | None = None
+    sub_bits: int = 6
+    kept: bool = False
 
     def __post_init__(self) -> None:
-        if self.bits not in (2, 3, 4, 6, 8, 16) or (self.bits > 8 and self.dtype is None):
+        if self.bits not in (2, 3, 4, 5, 6, 8, 16) or (self.bits > 8 and self.dtype is None):
             raise InfoptError(
                 f"a row with codes of {self.bits} bits.",
                 why="a few codes must fill whole bytes, and whole levels at most one.",
-                fix="bits=2, 3, 4, 6 or 8; or 16 with a float type",
+                fix="bits=2, 3, 4, 5, 6 or 8; or 16 with a float type",
             )
         if self.rule not in RULES:
             raise InfoptError(
@@ -79,6 +89,12 @@ class Row:
                 why="each code needs a finite value.",
                 fix=f"{2**self.bits} levels; a value may come twice",
             )
+        if self.sub and (not self.kept or self.sub_bits not in (6, 8) or (self.group or 1) % (self.codes * self.sub)):
+            raise InfoptError(
+                f"a row with sub-groups of {self.sub} in groups of {self.group}.",
+                why="their numbers have 6 or 8 bits, none lies in two planes of codes, and nothing rounds to them.",
+                fix=f"kept=True, sub_bits=6 or 8, and a group that is a multiple of {self.codes * self.sub}",
+            )
 
     @property
     def minimum(self) -> bool:
@@ -88,6 +104,20 @@ class Row:
     def codes(self) -> int:
         """Codes in a word."""
         return math.lcm(self.bits, 8) // self.bits
+
+    @property
+    def sub_numbers(self) -> int:
+        """Whole numbers of a group's sub-groups."""
+        return 0 if self.sub is None or self.group is None else self.group // self.sub * (1 + self.minimum)
+
+    @property
+    def sub_bytes(self) -> int:
+        """Bytes that they take."""
+        return self.sub_numbers * self.sub_bits // 8
+
+    @property
+    def sub_dtype(self) -> str:
+        return "int8" if self.sub_bits == 8 else "uint8"
 
     @property
     def code_dtype(self) -> str:
@@ -123,6 +153,9 @@ FORMATS: dict[str, Row] = {
     "q8_0": Row(bits=8, low=-127, high=127, group=32, ggml=True),
     "q4_0": Row(bits=4, low=-8, high=7, zero=8, rule="extreme", group=32, ggml=True),
     "q4_1": Row(bits=4, low=0, high=15, rule="minmax", group=32, ggml=True),
+    "q4_k": Row(bits=4, low=0, high=15, rule="minmax", group=256, sub=32, kept=True),
+    "q5_k": Row(bits=5, low=0, high=31, rule="minmax", group=256, sub=32, kept=True),
+    "q6_k": Row(bits=6, low=-32, high=31, zero=32, rule="extreme", group=256, sub=16, sub_bits=8, kept=True),
 }
 """The formats by name. NF4's levels are those of QLoRA (Dettmers et al. 2023, appendix E); MXFP4 is that of the OCP
 Microscaling specification 1.0, of NVFP4 the scale of a matrix is max|x| / (6 * 448).
@@ -172,6 +205,12 @@ class Format:
                 why="a group is some neighbours along the input axis.",
                 fix="group >= 1, or None",
             )
+        if self.row.sub and self.group != self.row.group:
+            raise InfoptError(
+                f"{self.name} has no groups of {self.group}.",
+                why="its blocks are kept as files hold them.",
+                fix=f"group={self.row.group}",
+            )
         if self.group is not None and self.group % self.row.codes:
             raise InfoptError(
                 f"a group of {self.group} {self.row.bits}-bit codes does not fill whole bytes.",
@@ -208,6 +247,7 @@ class Format:
     def _row_bytes(self, width: int) -> int:
         codes, row = self.padded(width), self.row
         each = 0 if row.rule == "none" else np.dtype(self.scale).itemsize * (1 + row.minimum) + (row.rule == "zero")
+        each += row.sub_bytes
         return codes * row.bits // 8 + codes // self.group_of(width) * each
 
     def bytes(self, shape: tuple[int, ...]) -> int:

@@ -30,7 +30,7 @@ from infopt.io import open_model
 from infopt.io.checkpoint import DTYPES
 from infopt.model import Model, build, check_length, context_limit, segments, shapes, window_groups
 from infopt.models import llama
-from infopt.qtensor import Format, is_qtensor, quantize_array
+from infopt.qtensor import Format, blank, is_qtensor, quantize_array
 from infopt.spec import Spec
 from infopt.transforms import cache_kv, quantize, stack_option
 from infopt.transforms.base import whole
@@ -81,7 +81,9 @@ def abstract_params(spec: Spec, dtype: Any = jnp.float32) -> Params:
 @functools.cache
 def _abstract_weight(shape: tuple[int, ...], fmt: Format | None, dtype: Any) -> Any:
     x = jax.ShapeDtypeStruct(shape, dtype)
-    return x if fmt is None else jax.eval_shape(lambda w: quantize_array(w, fmt, trailing=2), x)
+    if fmt is None:
+        return x
+    return jax.eval_shape(lambda w: (blank if fmt.row.kept else quantize_array)(w, fmt, trailing=2), x)
 
 
 def abstract_state(spec: Spec, batch: int, context: int, chunk: int, dtype: Any = jnp.float32) -> State:

@@ -5,20 +5,21 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import operator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from infopt.errors import ParamsError
-from infopt.formats import Format, Row
+from infopt.errors import InfoptError, ParamsError
+from infopt.formats import FORMATS, Format, Row
 from infopt.typing import Array
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["codes", "scale", "minimum", "zero", "outer", "error"],
+    data_fields=["codes", "scale", "minimum", "zero", "outer", "inner", "error"],
     meta_fields=["format", "shape"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,8 @@ class QTensor:
         layers, rows, slots) are only in the leaves, so that a stack and a slice of it are the same type of pytree.
       zero: zero points, uint8 `[..., groups]`, for formats that store them.
       outer: what scales are relative to, float32 `[..., 1, 1]` of a weight, for formats that store it.
+      inner: the numbers of sub-groups, int8 or the bytes of words, `[..., groups * row.sub_bytes]`, for formats that
+        have them.
       error: of a weight, float32 `[..., 1, 1]`: |x - what is stored| / |x| over the matrix, when it was rounded; NaN
         where it was loaded packed. It travels with the weight for `Model.audit`, and nothing computes with it.
     """
@@ -48,6 +51,7 @@ class QTensor:
     shape: tuple[int, ...]
     zero: Any = None
     outer: Any = None
+    inner: Any = None
     error: Any = None
 
     @property
@@ -90,6 +94,16 @@ def take(q: QTensor, rows: Array) -> QTensor:
     return one if q.outer is None else dataclasses.replace(one, outer=jnp.broadcast_to(q.outer[0, 0], (*rows.shape, 1)))
 
 
+def kept_only(name: str) -> InfoptError:
+    """The error where something would have to be rounded to a format that is only kept."""
+    return InfoptError(
+        f"nothing here rounds to {name}.",
+        why="llama.cpp searches for such blocks; they are read from its files, and kept bit for bit.",
+        fix='ip.load("model.gguf", dtype="keep") for a file that has them; or quantize(...) to '
+        + ", ".join(known for known, row in FORMATS.items() if not row.kept),
+    )
+
+
 SHRINK = tuple(1 - i / 50 for i in range(26))
 """What `clip="mse"` tries: the share of its range that a group keeps, the first where two are equally good."""
 STEPS = (1.0, 2.0, 0.5)
@@ -110,9 +124,11 @@ def quantize_array(x: Array, format: Format, trailing: int = 1, clip: str | None
         error.
 
     Raises:
-      InfoptError: the group does not divide the width.
+      InfoptError: the group does not divide the width, or nothing rounds to the format.
     """
     row, width = format.row, x.shape[-1]
+    if row.kept:
+        raise kept_only(format.name)
     format.check_width(width, "the tensor")
     shape, codes = (*x.shape[-trailing:-1], width), format.padded(width)
     given = x = _no_gradient(x).astype(jnp.float32)
@@ -132,11 +148,11 @@ def quantize_array(x: Array, format: Format, trailing: int = 1, clip: str | None
         x = _flushed(x)
     shrink = None if clip is None else _least_error(x, format, outer)
     parts, levels = _rounded(x, format, outer, shrink)
-    packed, error = _packed(levels, row), None
+    packed, error = pack(levels, row.bits), None
     if trailing == 2:
         values = _values(levels, row, parts, outer)
         error = _relative_error(given, values.reshape(*values.shape[:-2], -1)[..., :width])
-    return QTensor(packed, parts["scale"], parts.get("minimum"), format, shape, parts.get("zero"), outer, error)
+    return QTensor(packed, parts["scale"], parts.get("minimum"), format, shape, parts.get("zero"), outer, error=error)
 
 
 def _relative_error(x: Array, stored: Array) -> Array:
@@ -152,6 +168,20 @@ def _relative_error(x: Array, stored: Array) -> Array:
         return jnp.sum(of_rows, -2, keepdims=True)
 
     return jnp.sqrt(squares(x - stored) / jnp.where(most < _LEAST, 1, squares(x)))
+
+
+def blank(x: Array, format: Format, trailing: int = 1) -> QTensor:
+    """Zeros in the place of `x`, in a format that is only kept."""
+    row, codes = format.row, format.padded(x.shape[-1])
+    groups = codes // format.group_of(codes)
+
+    def zeros(each: int, dtype: str) -> Array:
+        return jnp.zeros((*x.shape[:-1], each), dtype)
+
+    minimum = zeros(groups, format.scale) if row.minimum else None
+    inner = zeros(groups * row.sub_bytes, row.sub_dtype) if row.sub else None
+    packed, scale = zeros(codes * row.bits // 8, row.code_dtype), zeros(groups, format.scale)
+    return QTensor(packed, scale, minimum, format, x.shape[-trailing:], inner=inner)
 
 
 def _flushed(x: Array) -> Array:
@@ -274,35 +304,36 @@ def _levels(codes: Array, row: Row) -> Array:
     return codes.astype(jnp.float32) - row.zero if row.zero else codes.astype(jnp.float32)
 
 
-def _packed(codes: Array, row: Row) -> Array:
-    """Codes `[..., groups, group]` as they lie in memory."""
-    n, lead = row.codes, codes.shape[:-2]
+def pack(codes: Any, bits: int, numpy: Any = jnp) -> Any:
+    """Codes `[..., groups, group]` as they lie in memory; `numpy` says whose arrays they are."""
+    n, lead = math.lcm(bits, 8) // bits, codes.shape[:-2]
     if n == 1:
         return codes.reshape(*lead, -1)
-    size = n * row.bits // 8  # bytes of a word
-    of_word = jnp.split(codes.astype(jnp.uint8 if size == 1 else jnp.uint32), n, -1)
-    word = functools.reduce(jnp.bitwise_or, (c << k * row.bits for k, c in enumerate(of_word)))
-    if size == 1:
-        return word.reshape(*lead, -1)
-    each = [(word >> 8 * m & 255).astype(jnp.uint8) for m in range(size)]
-    return jnp.concatenate(each, -1).reshape(*lead, -1)
+    of_word = [k * bits for k in range(n)], numpy.split(codes, n, -1)
+
+    def byte(m: int) -> Any:  # of each word: of what lies elsewhere, nothing is left in 8 bits
+        inside = [(at - 8 * m, c) for at, c in zip(*of_word) if -bits < at - 8 * m < 8]
+        return functools.reduce(operator.or_, (c << at if at >= 0 else c >> -at for at, c in inside))
+
+    return numpy.concatenate([byte(m) for m in range(n * bits // 8)], -1).reshape(*lead, -1)
 
 
-def _unpacked(q: QTensor) -> tuple[Array, ...]:
-    """Codes in planes: the k-th codes of all words, `[..., width / planes]` each."""
-    row, codes = q.format.row, q.codes
-    n, size = row.codes, row.codes * row.bits // 8
+def unpack(codes: Any, bits: int, group: int) -> tuple[Any, ...]:
+    """Codes in planes: the k-th codes of all words, `[..., width / planes]` each; of numpy's arrays too."""
+    n, lead = math.lcm(bits, 8) // bits, codes.shape[:-1]
     if n == 1:
         return (codes,)
-    if row.bits == 4:
-        return (codes & 15, codes >> 4)
-    word = codes
+    size, mask, each = n * bits // 8, 2**bits - 1, [codes]
     if size > 1:
-        bytes_ = codes.reshape(*codes.shape[:-1], -1, size, q.format.group_of(q.shape[-1]) // n).astype(jnp.uint32)
-        word = functools.reduce(jnp.bitwise_or, (bytes_[..., m, :] << 8 * m for m in range(size)))
-        word = word.reshape(*codes.shape[:-1], -1)
-    mask = 2**row.bits - 1
-    return tuple((word >> k * row.bits & mask).astype(jnp.uint8) for k in range(n))
+        words = codes.reshape(*lead, -1, size, group // n)
+        each = [words[..., m, :].reshape(*lead, -1) for m in range(size)]
+
+    def plane(k: int) -> Any:
+        m, at = divmod(k * bits, 8)
+        x = each[m] >> at
+        return (x | each[m + 1] << 8 - at if at + bits > 8 else x) & mask
+
+    return tuple(plane(k) for k in range(n))
 
 
 def planes(q: QTensor) -> tuple[Array, ...]:
@@ -312,21 +343,37 @@ def planes(q: QTensor) -> tuple[Array, ...]:
     `[..., width / 2]` each, and so on for fewer. A product over planes, `split_planes(x)` against these, spares XLA
     from putting codes back in order, which on a CPU costs more than the product.
     """
-    row, codes = q.format.row, _unpacked(q)
+    row, group = q.format.row, q.format.group_of(q.shape[-1])
+    codes = unpack(q.codes, row.bits, group)
     levels = [_levels(c, row) for c in codes]
     if q.scale is None:
         return tuple(levels)
-    each = q.format.group_of(q.shape[-1]) // len(codes)
+    n = len(codes)
+    each = row.sub or group // n
 
-    def spread(x: Array) -> Array:  # one value a group -> one a code
+    def spread(x: Array) -> Array:  # one value a group, or a sub-group -> one a code
         x = x.astype(jnp.float32)[..., None]
         return jnp.broadcast_to(x, (*x.shape[:-1], each)).reshape(*x.shape[:-2], -1)
 
     if q.zero is not None:
         levels = [level - spread(q.zero) for level in levels]
-    scale = _times(q.scale, q.outer)
-    values = tuple(level * spread(scale) for level in levels)
-    return values if q.minimum is None else tuple(v + spread(q.minimum) for v in values)
+    numbers = None if q.inner is None else _of_subgroups(q)
+
+    def by_plane(x: Array, i: int) -> list[Array]:
+        if numbers is None:
+            return [spread(x)] * n
+        products = jnp.split(x.astype(jnp.float32)[..., None] * numbers[i], n, -1)
+        return [spread(part.reshape(*x.shape[:-1], -1)) for part in products]
+
+    values = tuple(level * scale for level, scale in zip(levels, by_plane(_times(q.scale, q.outer), 0)))
+    return values if q.minimum is None else tuple(v + low for v, low in zip(values, by_plane(q.minimum, 1)))
+
+
+def _of_subgroups(q: QTensor) -> list[Array]:
+    """The whole numbers `[..., groups, sub-groups]` that scales are multiplied by, and, where there are any, minima."""
+    row, count = q.format.row, q.format.row.sub_numbers
+    found = [x.reshape(*q.scale.shape, -1) for x in unpack(q.inner, row.sub_bits, count)]
+    return jnp.split(jnp.concatenate(found, -1).astype(jnp.float32), 1 + row.minimum, -1)
 
 
 def split_planes(x: Array, q: QTensor) -> tuple[Array, ...]:

@@ -43,15 +43,22 @@ LEVELS: dict[str, tuple[int, Callable[[Float64], Float64]]] = {
     "nf4": (4, lambda code: NORMAL_QUANTILES[code.astype(int)]),
     "int3": (3, lambda code: code - 4),
     "int2": (2, lambda code: code - 2),
+    "q4_k": (4, lambda code: code),
+    "q5_k": (5, lambda code: code),
+    "q6_k": (6, lambda code: code - 32),
 }
 """Of each format, the bits of a code and what a code stands for. Add your own format's here."""
+
+
+SUBGROUPS = {"q4_k": (8, 6), "q5_k": (8, 6), "q6_k": (16, 8)}
+"""Of a format with sub-groups: how many a group has, and the bits of a number of theirs."""
 
 
 def unpack(codes: NDArray[Any], bits: int, group: int) -> Float64:
     """Codes `[..., groups, group]` out of the bytes of words, bit by bit."""
     if bits >= 8:
         return codes.astype(np.float64).reshape(*codes.shape[:-1], -1, group)
-    each = {2: 4, 3: 8, 4: 2, 6: 4}[bits]  # codes in a word
+    each = {2: 4, 3: 8, 4: 2, 5: 8, 6: 4}[bits]  # codes in a word
     words = codes.reshape(*codes.shape[:-1], -1, each * bits // 8, group // each)
     stream = np.unpackbits(np.moveaxis(words, -2, -1), axis=-1, bitorder="little")
     values = stream.reshape(*stream.shape[:-1], each, bits) @ 2.0 ** np.arange(bits)
@@ -63,7 +70,7 @@ def dequantize(weight: Any) -> Float64:
 
     Args:
       weight: a dense array, or anything with a QTensor's fields: `codes`, `scale`, `minimum`, `zero`, `outer`,
-        `format`, `shape`.
+        `inner`, `format`, `shape`.
     """
     if getattr(weight, "codes", None) is None:
         return np.asarray(weight).astype(np.float64)
@@ -78,6 +85,13 @@ def dequantize(weight: Any) -> Float64:
         return None if x is None else np.asarray(x).astype(np.float64)[..., None]
 
     scale, minimum, zero, outer = map(part, ("scale", "minimum", "zero", "outer"))
+    if name in SUBGROUPS:
+        count, bits = SUBGROUPS[name]
+        numbers = unpack(np.asarray(weight.inner), bits, 16)
+        assert scale is not None
+        scale = np.repeat(scale * numbers[..., :count], values.shape[-1] // count, -1)
+        if minimum is not None:
+            minimum = np.repeat(minimum * numbers[..., count:], values.shape[-1] // count, -1)
     values = values if zero is None else values - zero
     values = values if scale is None else values * (scale if outer is None else scale * outer)
     values = values if minimum is None else values + minimum

@@ -21,6 +21,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, quants
 
 from infopt.errors import CheckpointError
+from infopt.io.blocks import KEPT, take_apart
 from infopt.io.chat_template import read_template
 from infopt.io.checkpoint import (
     DTYPES,
@@ -54,13 +55,6 @@ from infopt.models import (
 from infopt.models.base import shortest_period
 from infopt.qtensor import Format, QTensor
 from infopt.spec import Config, LinearRope, Llama3Rope, TableRope, YarnRope
-
-KEPT = {
-    GGMLQuantizationType.Q4_0: Format("int4", 32, "float16"),
-    GGMLQuantizationType.Q4_1: Format("int4_min", 32, "float16"),
-    GGMLQuantizationType.Q8_0: Format("int8", 32, "float16"),
-}
-"""Block types whose bits are a QTensor's, in the same order."""
 
 FLOATS = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16, GGMLQuantizationType.F64)
 
@@ -628,21 +622,17 @@ def _dense(t: Tensor, dtype: np.dtype[Any], order: np.ndarray | None = None, shi
 
 def _packed(t: Tensor, order: np.ndarray | None = None) -> QTensor:
     """A tensor's blocks as they are: their codes and their scales apart."""
-    fmt = KEPT[t.type]
-    out, width = len(t.rows), t.shape[-1]
-    groups, scales = width // 32, 2 * (1 + fmt.row.minimum)  # bytes of scale and minimum, ahead of a block's codes
-    code_type = np.dtype(np.int8 if fmt.row.bits == 8 else np.uint8)
-    codes = aligned_empty((out, width * fmt.row.bits // 8), code_type)
-    parts = [aligned_empty((out, groups), np.dtype(np.float16)) for _ in range(scales // 2)]
+    fmt, (out, width), leaves = KEPT[t.type], (len(t.rows), t.shape[-1]), dict[str, np.ndarray]()
     for part in row_chunks((out, width)):
-        blocks = t.rows[part] if order is None else t.rows[order[part]]
-        blocks = blocks.reshape(len(blocks), groups, -1)
-        codes[part] = blocks[..., scales:].view(code_type).reshape(len(blocks), -1)
-        for i, stored in enumerate(parts):
-            stored[part] = np.ascontiguousarray(blocks[..., 2 * i : 2 * i + 2]).view("<f2")[..., 0]
-    codes, *parts = (x.reshape(*t.shape[:-1], x.shape[-1]) for x in (codes, *parts))
+        rows = t.rows[part] if order is None else t.rows[order[part]]
+        blocks = rows.reshape(len(rows), width // fmt.group_of(width), -1)
+        for name, x in take_apart(t.type, blocks).items():
+            if name not in leaves:
+                leaves[name] = aligned_empty((out, x.shape[-1]), x.dtype)
+            leaves[name][part] = x
+    found = {name: x.reshape(*t.shape[:-1], x.shape[-1]) for name, x in leaves.items()}
     unknown = np.full((*t.shape[:-2], 1, 1), np.nan, np.float32)  # what it was rounded from is not in the file
-    return QTensor(codes, parts[0], parts[1] if fmt.row.minimum else None, fmt, t.shape[-2:], error=unknown)
+    return QTensor(format=fmt, shape=t.shape[-2:], error=unknown, **{"minimum": None} | found)
 
 
 def _unknown(f: File, arch: str) -> CheckpointError:
@@ -724,9 +714,8 @@ def _warn_of_unkept(f: File) -> None:
             by_type.setdefault(t.type.name, []).append(name)
     if by_type:
         listed = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in by_type.items())
-        warnings.warn(
-            f"{f.name}: dtype='keep' keeps Q4_0, Q4_1 and Q8_0; dequantised to float32 were {listed}", stacklevel=5
-        )
+        kept = ", ".join(kind.name for kind in KEPT)
+        warnings.warn(f"{f.name}: dtype='keep' keeps {kept}; dequantised to float32 were {listed}", stacklevel=5)
 
 
 # -------------------------------------------------------------------------------------------------------- the tokenizer

@@ -21,6 +21,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, LlamaFileTy
 
 from infopt.errors import CheckpointError
 from infopt.io import disk, gguf
+from infopt.io.blocks import KEPT, put_together
 from infopt.io.checkpoint import CHUNK, DTYPES, file_shapes
 from infopt.io.export import said_by
 from infopt.io.tokenizer import BYTE_PIECE, CONTROL, SPACE, SPLITTINGS, UNKNOWN, USER_DEFINED, Tokenizer
@@ -31,9 +32,11 @@ from infopt.qtensor import is_qtensor
 from infopt.spec import Config, LinearRope, Llama3Rope, TableRope, YarnRope
 from infopt.typing import Params
 
-BLOCKS = {fmt: kind for kind, fmt in gguf.KEPT.items()}
+BLOCKS = {fmt: kind for kind, fmt in KEPT.items()}
 """By format: the blocks that are its very bits."""
 FLOATS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+FILE_TYPES = {"F32": "ALL_F32", "Q4_K": "MOSTLY_Q4_K_M", "Q5_K": "MOSTLY_Q5_K_M"}
+"""What a file is called whose tensors are mostly of a type, where that is not MOSTLY and the type."""
 WIDE = ("positions", "mlp.router")
 """Matrices that, where they are dense, llama.cpp's own converter writes as F32, as it does all vectors."""
 ARCHITECTURE = {family: arch for arch, families in gguf.ARCHITECTURES.items() for family in families}
@@ -45,9 +48,10 @@ NORMAL, UNUSED, BYTE = 1, 5, 6  # GGUF's token types that are not matched as a w
 def save(path: Path, model: Model, params: Params) -> None:
     """Write a model as a GGUF file, which is there whole or not at all; an older one is replaced by a whole one.
 
-    Packed weights are written as they lie, bit for bit, in the blocks that are their format (Q8_0, Q4_0, Q4_1); dense
-    ones as F32, F16 or BF16 by their own type, vectors always as F32. A cache and its pages are left out, as they
-    change nothing of what is computed. The tokenizer goes along as tables, with its chat template.
+    Packed weights are written as they lie, bit for bit, in the blocks that are their format (Q8_0, Q4_0, Q4_1; Q4_K,
+    Q5_K, Q6_K that were read from one); dense ones as F32, F16 or BF16 by their own type, vectors always as F32. A
+    cache and its pages are left out, as they change nothing of what is computed. The tokenizer goes along as tables,
+    with its chat template.
 
     Args:
       path: the file.
@@ -158,9 +162,9 @@ def _fields(family: str, c: Any, tensors: Mapping[str, _Tensor]) -> dict[str, An
     about: dict[str, Any] = {
         "general.architecture": arch,
         "general.type": "model",
-        "general.file_type": int(LlamaFileType["ALL_F32" if most.name == "F32" else f"MOSTLY_{most.name}"]),
+        "general.file_type": int(LlamaFileType[FILE_TYPES.get(most.name, f"MOSTLY_{most.name}")]),
     }
-    if sizes.keys() & gguf.KEPT.keys():
+    if sizes.keys() & KEPT.keys():
         about["general.quantization_version"] = 2
     return about | {f"{arch}.{key}": value for key, value in fields.items()}
 
@@ -297,7 +301,7 @@ def _tensors(
     out = {}
     for file, shape in file_shapes(sources, wanted).items():
         kinds = {name: _type_of(name, weights[name]) for name in held[file]}
-        if len(set(kinds.values())) > 1 and any(kind in gguf.KEPT for kind in kinds.values()):
+        if len(set(kinds.values())) > 1 and any(kind in KEPT for kind in kinds.values()):
             listed = ", ".join(f"{name} ({kind.name})" for name, kind in kinds.items())
             raise CheckpointError(
                 f"{listed} cannot be written as a GGUF file.",
@@ -347,18 +351,17 @@ def _type_of(name: str, x: Any) -> GGMLQuantizationType:
 
 def _bytes(part: _Part, t: _Tensor) -> Iterator[np.ndarray]:
     """The bytes of a weight as the file has them, some rows at a time."""
-    x, width = part.weight, t.shape[-1]
-    leaves = [x] if not is_qtensor(x) else [leaf for leaf in (x.scale, x.minimum, x.codes) if leaf is not None]
-    leaves = [leaf.reshape(-1, leaf.shape[-1]) for leaf in leaves]
-    step = max(1, CHUNK // width)
-    for start in range(0, len(leaves[0]), step):
+    x, names = part.weight, ("scale", "minimum", "codes", "inner")
+    leaves = {name: leaf for name in names if (leaf := getattr(x, name)) is not None} if is_qtensor(x) else {"": x}
+    leaves = {name: leaf.reshape(-1, leaf.shape[-1]) for name, leaf in leaves.items()}
+    step, total = max(1, CHUNK // t.shape[-1]), len(next(iter(leaves.values())))
+    for start in range(0, total, step):
         rows: Any = slice(start, start + step) if part.order is None else part.order[start : start + step]
-        taken = [np.ascontiguousarray(leaf[rows]) for leaf in leaves]
-        if is_qtensor(x):  # a block is its scale, its minimum and its codes
-            blocks = len(taken[0]), width // x.format.group_of(width)
-            yield np.concatenate([leaf.view(np.uint8).reshape(*blocks, -1) for leaf in taken], -1)
+        taken = {name: np.ascontiguousarray(leaf[rows]) for name, leaf in leaves.items()}
+        if is_qtensor(x):
+            yield put_together(t.type, taken)
         else:
-            values = taken[0].astype(np.float32) + np.float32(part.added) if part.added else taken[0]
+            values = taken[""].astype(np.float32) + np.float32(part.added) if part.added else taken[""]
             dtype = next(DTYPES[name] for name, kind in FLOATS.items() if kind == t.type.name)
             yield values.astype(dtype, copy=False)
 

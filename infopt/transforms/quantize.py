@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from infopt.errors import InfoptError, ParamsError, nearest
 from infopt.formats import FORMATS
 from infopt.model import Model, Weights, shapes
-from infopt.qtensor import Format, quantize_array
+from infopt.qtensor import Format, kept_only, quantize_array
 from infopt.spec import Spec
 from infopt.transforms.base import Transform, layer_matrices, need_dense, whole
 from infopt.typing import is_traced
@@ -177,8 +177,8 @@ def quantize(
     8 bits: symmetric, a scale a row of the matrix (or a group of its inputs); 1 byte a weight and the scales.
     4 bits: packed two to a byte, symmetric in groups of `group` inputs (32 by default), scale = extreme value / -8,
     16-bit scales; 0.5625 bytes a weight in groups of 32. 3 and 2 bits alike, 0.4375 and 0.3125 bytes.
-    `infopt.formats.FORMATS` lists all formats, and takes a user's own. Activations stay as they are, and products are
-    accumulated in their type.
+    `infopt.formats.FORMATS` lists all formats, and takes a user's own; nothing rounds to GGUF's K-quants, which are
+    kept as files hold them. Activations stay as they are, and products are accumulated in their type.
 
     Args:
       bits: 8 (the default), 4, 3 or 2; as format="int8", "int4", "int3", "int2".
@@ -245,8 +245,10 @@ def _check_name(name: Any) -> None:
         raise InfoptError(
             f"quantize(format={name!r}) is not a format.",
             why="the table infopt.formats.FORMATS has no such row.",
-            fix=nearest(str(name), list(FORMATS)),
+            fix=nearest(str(name), [known for known, row in FORMATS.items() if not row.kept]),
         )
+    if FORMATS[name].kept:
+        raise kept_only(name)
 
 
 def _check_scale(transform: Quantize, fmt: Format | None) -> None:
