@@ -13,6 +13,9 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, GGUFWriter, quants
 
+sys.path.insert(0, str(Path(__file__).parent))
+import kquants
+
 
 class GGUF:
     """What goes into a GGUF file; a test changes it before it is written."""
@@ -30,7 +33,8 @@ class GGUF:
                 add[type(value)](key, value)
         for name, (x, kind) in self.tensors.items():
             kind = GGMLQuantizationType[kind]
-            writer.add_tensor(name, quants.quantize(x, kind), raw_dtype=kind)
+            blocks = kquants.quantize(x, kind.name) if kind.name in kquants.SIZES else quants.quantize(x, kind)
+            writer.add_tensor(name, blocks, raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -72,7 +76,7 @@ def _model(
     }, tensors)  # fmt: skip
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def llama_gguf() -> Callable[..., GGUF]:
     """`llama_gguf(kind, tied=True, **sizes)`: a random Llama, its matrices stored as `kind`."""
 

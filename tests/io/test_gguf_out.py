@@ -481,9 +481,10 @@ def test_params_of_other_models_and_types_are_refused(tmp_path: Path) -> None:
 
 def test_every_kept_block_is_written() -> None:
     """And by a format of its own: a second block of one format could not be told apart."""
+    from infopt.io.blocks import KEPT
     from infopt.io.gguf_out import BLOCKS
 
-    assert len(BLOCKS) == len(gguf.KEPT) and all(isinstance(fmt, Format) for fmt in BLOCKS)
+    assert len(BLOCKS) == len(KEPT) and all(isinstance(fmt, Format) for fmt in BLOCKS)
 
 
 # --------------------------------------------------------------------------------------------------------- on the disk
