@@ -310,6 +310,7 @@ def _add_ablate(commands: Any) -> None:
         metavar="[NAME=]TEXT",
         help="transforms, as for generate; may be repeated (default: the standard table's)",
     )
+    parser.add_argument("--all", action="store_true", help="the standard table and more formats")
     parser.add_argument("--tradeoffs", action="store_true", help="each transform alone: speed, quality, memory")
     parser.add_argument("--study", metavar="FILE", help="a TOML file of models, texts, stacks and grids; with --out")
     parser.add_argument("--text", metavar="FILE", help="UTF-8 text to measure on (default: documentation topics)")
@@ -317,7 +318,7 @@ def _add_ablate(commands: Any) -> None:
         "--tokens",
         type=int,
         metavar="N",
-        help="score about N tokens, 0 for all (default: 16384, by a model of 10 million weights or more 8192)",
+        help="score about N tokens, 0 for all (default: 12288, by a model of 10 million weights or more 8192)",
     )
     parser.add_argument(
         "--length", type=_count, metavar="N", help="tokens of a window (default: the context, at most 512)"

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from infopt.errors import InfoptError
 from infopt.formats import FORMATS, Format, Row
-from infopt.qtensor import QTensor, _packed, _unpacked
+from infopt.qtensor import QTensor, pack, unknown_error, unpack
 from infopt.typing import Array
 
 _OURS = {
@@ -178,9 +178,10 @@ def from_qwix(a: Any, format: Format | None = None) -> QTensor:
     else:
         codes = _moved(a.qvalue, _shift(row), row.code_dtype)
         zero = None if a.zero_point is None else _spread(_moved(a.zero_point, _shift(row), jnp.uint8), shape)
-    packed = _packed(codes.reshape(*shape, width // wanted), row)
+    packed = pack(codes.reshape(*shape, width // wanted), row.bits)
+    error = jnp.asarray(unknown_error(a.shape[:-2]))
     outer = jnp.ones((*a.shape[:-2], 1, 1), jnp.float32) if row.tensor else None
-    return QTensor(packed, _spread(stored, shape), None, format, a.shape[-2:], zero, outer)
+    return QTensor(packed, _spread(stored, shape), None, format, a.shape[-2:], zero, outer, error=error)
 
 
 def _qwix() -> Any:
@@ -231,7 +232,7 @@ def _moved(x: Array, by: int, dtype: Any) -> Array:
 
 def _codes(q: QTensor) -> Array:
     """Codes one a value, in order, `[..., width]`."""
-    found = _unpacked(q)
+    found = unpack(q.codes, q.format.row.bits, q.format.group_of(q.shape[-1]))
     if len(found) == 1:
         return found[0]
     each = q.format.group_of(q.shape[-1]) // len(found)

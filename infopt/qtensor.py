@@ -170,6 +170,11 @@ def _relative_error(x: Array, stored: Array) -> Array:
     return jnp.sqrt(squares(x - stored) / jnp.where(most < _LEAST, 1, squares(x)))
 
 
+def unknown_error(lead: tuple[int, ...]) -> np.ndarray:
+    """The `error` of weights `[*lead, out, in]` that were loaded packed: what they were rounded from is not known."""
+    return np.full((*lead, 1, 1), np.nan, np.float32)
+
+
 def blank(x: Array, format: Format, trailing: int = 1) -> QTensor:
     """Zeros in the place of `x`, in a format that is only kept."""
     row, codes = format.row, format.padded(x.shape[-1])
@@ -181,7 +186,8 @@ def blank(x: Array, format: Format, trailing: int = 1) -> QTensor:
     minimum = zeros(groups, format.scale) if row.minimum else None
     inner = zeros(groups * row.sub_bytes, row.sub_dtype) if row.sub else None
     packed, scale = zeros(codes * row.bits // 8, row.code_dtype), zeros(groups, format.scale)
-    return QTensor(packed, scale, minimum, format, x.shape[-trailing:], inner=inner)
+    error = jnp.asarray(unknown_error(x.shape[:-2])) if trailing == 2 else None
+    return QTensor(packed, scale, minimum, format, x.shape[-trailing:], inner=inner, error=error)
 
 
 def _flushed(x: Array) -> Array:

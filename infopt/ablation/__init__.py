@@ -4,8 +4,8 @@
 trade-offs of each transform alone; `command.py` is `infopt ablate`.
 """
 
-from infopt.ablation.run import METRICS, STANDARD, ablate
+from infopt.ablation.run import METRICS, MORE, STANDARD, ablate
 from infopt.ablation.study import study, tradeoffs
 from infopt.ablation.table import Row, Table
 
-__all__ = ["METRICS", "STANDARD", "Row", "Table", "ablate", "study", "tradeoffs"]
+__all__ = ["METRICS", "MORE", "STANDARD", "Row", "Table", "ablate", "study", "tradeoffs"]

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from infopt.ablation.run import ablate
+from infopt.ablation.run import MORE, STANDARD, ablate
 from infopt.ablation.study import study, tradeoffs
 from infopt.ablation.table import USUAL, Table, write
 from infopt.errors import EvaluationError
@@ -19,11 +19,12 @@ def main(args: argparse.Namespace) -> int:
 
     if args.study is not None:
         return _study(args)
-    if args.tradeoffs and args.stack:
+    if args.tradeoffs and (args.stack or args.all):
         raise EvaluationError(
             "--tradeoffs was given stacks.", why="it measures each transform alone.", fix="one of the two"
         )
-    stacks = None if args.stack is None else dict(_named(text) for text in args.stack)
+    given = dict(_named(text) for text in args.stack or ())
+    stacks = STANDARD | MORE | given if args.all else given or STANDARD
     metrics = USUAL if args.metrics is None else tuple(args.metrics.replace(" ", "").split(","))
     text = None
     if args.text is not None:
@@ -54,7 +55,7 @@ def main(args: argparse.Namespace) -> int:
 def _study(args: argparse.Namespace) -> int:
     given = [
         f"--{name}"
-        for name in ("stack", "tradeoffs", "text", "metrics", "tokens", "length", "dtype")
+        for name in ("stack", "all", "tradeoffs", "text", "metrics", "tokens", "length", "dtype")
         if getattr(args, name)
     ]
     if given or args.out is None:

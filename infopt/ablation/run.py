@@ -16,6 +16,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,13 +30,14 @@ from infopt.errors import EvaluationError, InfoptError, nearest
 from infopt.evaluate import Windows, greedy_agreement, kept, measure, windows
 from infopt.generation import BUCKETS
 from infopt.model import Model, check_params, shapes
+from infopt.qtensor import QTensor, is_qtensor
 from infopt.timing import decoding, turns
 from infopt.transforms import Transform, cache_kv, parse_stack
 from infopt.typing import Params
 
 LARGE = 10_000_000
 """Weights from which on a model reads less of a text, and decodes less, by default."""
-TOKENS, TOKENS_LARGE = 16_384, 8_192
+TOKENS, TOKENS_LARGE = 12_288, 8_192
 """About how many are scored by default."""
 SLOTS, TURNS = 128, 5
 """Of a speed: slots of the cache, turns that a median is over."""
@@ -47,18 +49,27 @@ STANDARD = {
     "fp16": "quantize(format='fp16')",
     "bf16": "quantize(format='bf16')",
     "int8": "quantize(bits=8)",
-    "int8, embedding too": "quantize(bits=8, where='*')",
     "int8, groups of 64": "quantize(bits=8, group=64)",
     "int4": "quantize(bits=4, group=32)",
-    "int4, scale max/7": "quantize(format='int4_absmax', group=32)",
     "int4, minimum": "quantize(format='int4_min', group=32)",
     "int4, minimum, 64": "quantize(format='int4_min', group=64)",
     "nf4": "quantize(format='nf4')",
-    "mxfp4": "quantize(format='mxfp4')",
     "8-bit kv": "cache_kv(bits=8)",
     "4-bit kv": "cache_kv(bits=4)",
 }
 """The standard table: 4 bits in groups of 32 unless it says otherwise, `int4` with scale = extreme value / -8."""
+MORE = {
+    "fp8": "quantize(format='fp8_e4m3')",
+    "int8, embedding too": "quantize(bits=8, where='*')",
+    "int4, scale max/7": "quantize(format='int4_absmax', group=32)",
+    "int4, zero point": "quantize(format='int4_zero', group=32)",
+    "int4, clipped": "quantize(bits=4, group=32, clip='mse')",
+    "mxfp4": "quantize(format='mxfp4')",
+    "nvfp4": "quantize(format='nvfp4')",
+    "int3": "quantize(bits=3, group=32)",
+    "int4, 8-bit kv": "quantize(bits=4, group=32) | cache_kv(bits=8)",
+}
+"""What `infopt ablate --all` measures too."""
 ROWS = "rows.jsonl"
 
 
@@ -88,7 +99,7 @@ def ablate(
         default, which no weights trained here have seen.
       metrics: of "ppl", "kl", "kl99", "top1", "bits_per_byte", "greedy", "decode".
       length: tokens of a window; the model's context by default, at most 512.
-      tokens: about how many are scored, evenly out of the text; 16,384 by default, 8,192 of a model of 10 million
+      tokens: about how many are scored, evenly out of the text; 12,288 by default, 8,192 of a model of 10 million
         weights or more; 0 for all.
       seed: of the bootstrap.
       out: a folder for the rows. Rows that are there already, of the same versions, are not measured again.
@@ -273,6 +284,12 @@ def _measure(
     about: Mapping[str, Any],
 ) -> Row:
     state = stack.init_state(1, cut.length, chunk=min(max(BUCKETS), cut.length))  # as generate reads a text
+    runs = _decoding(stack, params, base, cut) if "decode" in metrics else {}
+    with ThreadPoolExecutor(1) as pool:  # what decodes is compiled while quality is measured, which takes no time
+        compiled = [pool.submit(run) for run in runs.values()]
+        scores = measure(stack, params, cut, base.read)
+        for each in compiled:
+            each.result()
     return Row(
         name,
         key,
@@ -282,13 +299,18 @@ def _measure(
         stack.exact,
         sum(leaf.nbytes for leaf in jax.tree.leaves(params)),
         _values(stack),
+        max((float(np.max(q.error)) for q in _packed(params)), default=0.0),
         stack.token_bytes(),
         sum(leaf.nbytes for leaf in jax.tree.leaves(state.kv)),
-        measure(stack, params, cut, base.read),
+        scores,
         _greedy(stack, params, base, cut) if "greedy" in metrics else None,
-        _speeds(stack, params, base, cut) if "decode" in metrics else (),
+        _speeds(runs),
         about,
     )
+
+
+def _packed(params: Params) -> list[QTensor]:
+    return [q for q in jax.tree.leaves(params, is_leaf=is_qtensor) if is_qtensor(q)]
 
 
 def _greedy(stack: Model, params: Params, base: _Base, cut: Windows) -> Any:
@@ -297,16 +319,19 @@ def _greedy(stack: Model, params: Params, base: _Base, cut: Windows) -> Any:
     return greedy_agreement(stack, params, (base.model, base.params), prompts, max_new=new)
 
 
-def _speeds(stack: Model, params: Params, base: _Base, cut: Windows) -> tuple[tuple[float, float], ...]:
-    """Tokens a second, the stack's and the base's, turn by turn."""
+def _decoding(stack: Model, params: Params, base: _Base, cut: Windows) -> dict[str, Callable[[], float]]:
+    """Runs of decoding, of the stack and of the base, that give the seconds that one token takes."""
     slots = min(SLOTS, stack.spec.config.context)
     new = min(DECODED if _values(base.model) < LARGE else DECODED_LARGE, slots // 2)
-    runs = {
-        "own": decoding(stack, params, cut.rows[0][:1], slots, new),
-        "base": decoding(base.model, base.params, cut.rows[0][:1], slots, new),
-    }
+    both = {"own": (stack, params), "base": (base.model, base.params)}
+    runs = {name: decoding(*each, cut.rows[0][:1], slots, new) for name, each in both.items()}
+    return {name: lambda run=run: run() / new for name, run in runs.items()}
+
+
+def _speeds(runs: dict[str, Callable[[], float]]) -> tuple[tuple[float, float], ...]:
+    """Tokens a second, the stack's and the base's, turn by turn."""
     taken = turns(runs, TURNS)
-    return tuple((new / own, new / other) for own, other in zip(taken["own"], taken["base"], strict=True))
+    return tuple((1 / own, 1 / other) for own, other in zip(taken["own"], taken["base"], strict=True)) if runs else ()
 
 
 def _read(folder: Path, about: Mapping[str, Any]) -> dict[str, Row]:

@@ -22,8 +22,8 @@ from infopt.io import disk
 if TYPE_CHECKING:
     from infopt.ablation.picture import Picture
 
-LOSSLESS = 1e-6
-"""Mean KL, nats a token, below which rounding is said to have lost nothing: float32's own noise."""
+LOSSLESS = 1e-7
+"""Relative error below which rounding is said to have lost nothing: float32's own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Row:
       exact: whether it is.
       weight_bytes: of the live params.
       weights: how many values those stand for.
+      error: the greatest relative error that rounding has made in a packed matrix; 0 where none was rounded.
       token_bytes: of the cache, a token, by its codec.
       state_bytes: of the live keys and values of one text as long as a window; 0 without a cache.
       scores: of each window.
@@ -54,6 +55,7 @@ class Row:
     exact: bool
     weight_bytes: int
     weights: int
+    error: float
     token_bytes: int
     state_bytes: int
     scores: Scores
@@ -218,7 +220,7 @@ class Table:
             if not all(map(math.isfinite, values)):
                 found.append(f"{row.name}: its logits are not finite, so a figure is none.")
         rounded = [row for row in self.rows[1:] if row.spec["weights"]]
-        same = [row.name for row in rounded if not row.exact and row.scores.kl.value < LOSSLESS]
+        same = [row.name for row in rounded if row.error < LOSSLESS]
         if same:
             found.append(f"{', '.join(same)}: the weights lie on this grid as they are, so that nothing is rounded.")
         if any(row.faster < 1 for row in rounded) and "cpu" in base.about["device"].lower():

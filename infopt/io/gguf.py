@@ -53,7 +53,7 @@ from infopt.models import (
     SmolLM3Config,
 )
 from infopt.models.base import shortest_period
-from infopt.qtensor import Format, QTensor
+from infopt.qtensor import Format, QTensor, unknown_error
 from infopt.spec import Config, LinearRope, Llama3Rope, TableRope, YarnRope
 
 FLOATS = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16, GGMLQuantizationType.F64)
@@ -631,8 +631,8 @@ def _packed(t: Tensor, order: np.ndarray | None = None) -> QTensor:
                 leaves[name] = aligned_empty((out, x.shape[-1]), x.dtype)
             leaves[name][part] = x
     found = {name: x.reshape(*t.shape[:-1], x.shape[-1]) for name, x in leaves.items()}
-    unknown = np.full((*t.shape[:-2], 1, 1), np.nan, np.float32)  # what it was rounded from is not in the file
-    return QTensor(format=fmt, shape=t.shape[-2:], error=unknown, **{"minimum": None} | found)
+    error = unknown_error(t.shape[:-2])
+    return QTensor(format=fmt, shape=t.shape[-2:], error=error, **{"minimum": None} | found)
 
 
 def _unknown(f: File, arch: str) -> CheckpointError:

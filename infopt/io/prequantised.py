@@ -34,7 +34,7 @@ from infopt.errors import CheckpointError
 from infopt.formats import FORMATS
 from infopt.io.checkpoint import Source, row_chunks, shown
 from infopt.model import aligned_empty
-from infopt.qtensor import Format, QTensor
+from infopt.qtensor import Format, QTensor, unknown_error
 
 METHODS = ("gptq", "awq", "fp8", "compressed-tensors")
 """What `quant_method` may be."""
@@ -156,6 +156,7 @@ def read(tensors: Mapping[str, Any], where: Source, shape: tuple[int, ...]) -> Q
                 leaves[name][i, part] = x
     if matrices[0].outer is not None:
         leaves["outer"] = np.array([m.outer for m in matrices], np.float32).reshape(-1, 1, 1)
+    leaves["error"] = unknown_error((len(matrices),))
     kept = leaves if len(shape) == 3 else {name: x[0] for name, x in leaves.items()}
     codes, scale = kept.pop("codes"), kept.pop("scale")
     return QTensor(codes, scale, None, matrices[0].format, (rows, width), **kept)

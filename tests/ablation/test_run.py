@@ -15,7 +15,7 @@ import pytest
 
 import infopt as ip
 from infopt import evaluate
-from infopt.ablation import STANDARD, run
+from infopt.ablation import MORE, STANDARD, run
 from infopt.errors import CheckpointError, EvaluationError, InfoptError, TransformOrderError
 
 MODEL = ip.models.llama(layers=2, dim=32, heads=2, kv_heads=2, head_dim=16, mlp=32, vocab=61, context=64)
@@ -58,6 +58,7 @@ def test_a_row_is_what_measure_says_of_the_stack_on_its_own_path() -> None:
     params = stack.convert(PARAMS)
     assert row.scores == ip.measure(stack, params, cut, (base, base.convert(PARAMS)))
     assert row.stack == "quantize(bits=4, group=16) | cache_kv()"
+    assert row.error == max(each.error for each in stack.audit(params).rows if each.error is not None)
     assert row.spec == json.loads(stack.spec.to_json())
     assert row.weight_bytes == sum(x.nbytes for x in jax.tree.leaves(params)) == stack.weight_bytes()
     state = stack.init_state(1, 32)
@@ -197,8 +198,9 @@ def test_a_row_whose_figures_are_none_says_so_and_the_run_goes_on(tmp_path: Path
 
 def test_the_standard_table_is_of_stacks_that_can_be_made() -> None:
     model, params = ip.load("tiny")
-    made = run._made(model, params, None)
-    assert list(made) == ["fp32", *STANDARD]
+    assert list(run._made(model, params, None)) == ["fp32", *STANDARD]
+    made = run._made(model, params, STANDARD | MORE)
+    assert len(made) == 1 + len(STANDARD) + len(MORE)
     assert len({stack.spec for stack in made.values()}) == len(made)
 
 

@@ -41,7 +41,7 @@ def row(name: str, kl: float = 0.0, nll: float = 2.0, speed: float = 0.0, units:
     )
     known: dict[str, Any] = dict(
         name=name, key=name, stack=f"{name}()", spec={"weights": []}, recipe=[], exact=not kl, weight_bytes=400,
-        weights=100, token_bytes=64, state_bytes=640, scores=scores, greedy=None,
+        weights=100, error=kl, token_bytes=64, state_bytes=640, scores=scores, greedy=None,
         speed=((speed, 2.0), (speed, 4.0), (speed, 4.0)) if speed else (), about=ABOUT,
     )  # fmt: skip
     return Row(**known | fields)
