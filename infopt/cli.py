@@ -318,7 +318,7 @@ def _add_ablate(commands: Any) -> None:
         "--tokens",
         type=int,
         metavar="N",
-        help="score about N tokens, 0 for all (default: 12288, by a model of 10 million weights or more 8192)",
+        help="score about N tokens, 0 for all (default: 12288, by a model of 10 million weights or more 10240)",
     )
     parser.add_argument(
         "--length", type=_count, metavar="N", help="tokens of a window (default: the context, at most 512)"

@@ -493,7 +493,8 @@ def _foreign_token(token: int, vocab: int) -> EvaluationError:
     )
 
 
-def _check_windows(cut: Windows, model: Any) -> None:
+def check_windows(cut: Windows, model: Any) -> None:
+    """Raise unless a model can read the windows: its tokenizer made them, and they fit its context."""
     if not isinstance(model, Model):
         return
     own = "" if model.tokenizer is None else model.tokenizer.digest
@@ -727,7 +728,7 @@ def measure(
         )
     other = base if base is None or isinstance(base, _Runner) else _runner(*base)._replace(model=base[0])
     for m in (model, *([] if other is None else [other.model])):
-        _check_windows(windows, m)
+        check_windows(windows, m)
     one = _runner(model, params)
     length = windows.length
     found = _score(one, other, windows.rows, windows.starts, length, _batch(batch, length), progress)

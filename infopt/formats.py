@@ -133,40 +133,60 @@ _NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0
         1.0)  # fmt: skip
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
-FORMATS: dict[str, Row] = {
-    "fp16": Row(bits=16, low=-65504.0, high=65504.0, rule="none", dtype="float16"),
-    "bf16": Row(bits=16, low=-(2 - 2**-7) * 2.0**127, high=(2 - 2**-7) * 2.0**127, rule="none", dtype="bfloat16"),
-    "fp8_e4m3": Row(bits=8, low=-448.0, high=448.0, dtype="float8_e4m3fn", scale="float32"),
-    "fp8_e5m2": Row(bits=8, low=-57344.0, high=57344.0, dtype="float8_e5m2", scale="float32"),
-    "int8": Row(bits=8, low=-127, high=127),
-    "int4": Row(bits=4, low=-8, high=7, zero=8, rule="extreme", group=32),
-    "int4_absmax": Row(bits=4, low=-7, high=7, zero=8, group=32),
-    "int4_min": Row(bits=4, low=0, high=15, rule="minmax", group=32),
-    "int4_zero": Row(bits=4, low=0, high=15, rule="zero", group=32),
-    "int8_zero": Row(bits=8, low=0, high=255, rule="zero", group=32),
-    "int2_zero": Row(bits=2, low=0, high=3, rule="zero", group=32),
-    "nf4": Row(bits=4, low=-1.0, high=1.0, levels=_NF4, group=64),
-    "mxfp4": Row(bits=4, low=-6.0, high=6.0, rule="power", levels=_E2M1, group=32, scale="float8_e8m0fnu"),
-    "nvfp4": Row(bits=4, low=-6.0, high=6.0, levels=_E2M1, group=16, scale="float8_e4m3fn", tensor=True),
-    "int3": Row(bits=3, low=-4, high=3, zero=4, rule="extreme", group=32),
-    "int2": Row(bits=2, low=-2, high=1, zero=2, rule="extreme", group=32),
-    "q8_0": Row(bits=8, low=-127, high=127, group=32, ggml=True),
-    "q4_0": Row(bits=4, low=-8, high=7, zero=8, rule="extreme", group=32, ggml=True),
-    "q4_1": Row(bits=4, low=0, high=15, rule="minmax", group=32, ggml=True),
-    "q4_k": Row(bits=4, low=0, high=15, rule="minmax", group=256, sub=32, kept=True),
-    "q5_k": Row(bits=5, low=0, high=31, rule="minmax", group=256, sub=32, kept=True),
-    "q6_k": Row(bits=6, low=-32, high=31, zero=32, rule="extreme", group=256, sub=16, sub_bits=8, kept=True),
-}
+
+class _Table(dict[str, Row]):
+    """Rows by name. A name means one row as long as a process lives: programs are compiled, and kept, by it."""
+
+    def __init__(self, rows: dict[str, Row]) -> None:
+        super().__init__(rows)
+        self._ever = dict(rows)
+
+    def __setitem__(self, name: str, row: Row) -> None:
+        if self._ever.setdefault(name, row) != row:
+            raise InfoptError(
+                f"the format {name!r} was another row before.",
+                why="programs and results that were made with that row are known by this name.",
+                fix=f"another name, as FORMATS['{name}_2'] = Row(...)",
+            )
+        super().__setitem__(name, row)
+
+
+FORMATS: dict[str, Row] = _Table(
+    {
+        "fp16": Row(bits=16, low=-65504.0, high=65504.0, rule="none", dtype="float16"),
+        "bf16": Row(bits=16, low=-(2 - 2**-7) * 2.0**127, high=(2 - 2**-7) * 2.0**127, rule="none", dtype="bfloat16"),
+        "fp8_e4m3": Row(bits=8, low=-448.0, high=448.0, dtype="float8_e4m3fn", scale="float32"),
+        "fp8_e5m2": Row(bits=8, low=-57344.0, high=57344.0, dtype="float8_e5m2", scale="float32"),
+        "int8": Row(bits=8, low=-127, high=127),
+        "int4": Row(bits=4, low=-8, high=7, zero=8, rule="extreme", group=32),
+        "int4_absmax": Row(bits=4, low=-7, high=7, zero=8, group=32),
+        "int4_min": Row(bits=4, low=0, high=15, rule="minmax", group=32),
+        "int4_zero": Row(bits=4, low=0, high=15, rule="zero", group=32),
+        "int8_zero": Row(bits=8, low=0, high=255, rule="zero", group=32),
+        "int2_zero": Row(bits=2, low=0, high=3, rule="zero", group=32),
+        "nf4": Row(bits=4, low=-1.0, high=1.0, levels=_NF4, group=64),
+        "mxfp4": Row(bits=4, low=-6.0, high=6.0, rule="power", levels=_E2M1, group=32, scale="float8_e8m0fnu"),
+        "nvfp4": Row(bits=4, low=-6.0, high=6.0, levels=_E2M1, group=16, scale="float8_e4m3fn", tensor=True),
+        "int3": Row(bits=3, low=-4, high=3, zero=4, rule="extreme", group=32),
+        "int2": Row(bits=2, low=-2, high=1, zero=2, rule="extreme", group=32),
+        "q8_0": Row(bits=8, low=-127, high=127, group=32, ggml=True),
+        "q4_0": Row(bits=4, low=-8, high=7, zero=8, rule="extreme", group=32, ggml=True),
+        "q4_1": Row(bits=4, low=0, high=15, rule="minmax", group=32, ggml=True),
+        "q4_k": Row(bits=4, low=0, high=15, rule="minmax", group=256, sub=32, kept=True),
+        "q5_k": Row(bits=5, low=0, high=31, rule="minmax", group=256, sub=32, kept=True),
+        "q6_k": Row(bits=6, low=-32, high=31, zero=32, rule="extreme", group=256, sub=16, sub_bits=8, kept=True),
+    }
+)
 """The formats by name. NF4's levels are those of QLoRA (Dettmers et al. 2023, appendix E); MXFP4 is that of the OCP
 Microscaling specification 1.0, of NVFP4 the scale of a matrix is max|x| / (6 * 448).
 
 A format of your own is a row; `reference.LEVELS` gets one too, if the composition contract is to check it:
 
 >>> import infopt as ip
->>> FORMATS["ternary"] = Row(bits=2, low=-1, high=1, zero=1, group=64)
->>> ip.quantize(format="ternary")(ip.models.llama(dim=64)).spec.format_of("layers.0.attn.q")
-Format(name='ternary', group=64, scale='float16')
->>> del FORMATS["ternary"]
+>>> FORMATS["three_levels"] = Row(bits=2, low=-1, high=1, zero=1, group=64)
+>>> ip.quantize(format="three_levels")(ip.models.llama(dim=64)).spec.format_of("layers.0.attn.q")
+Format(name='three_levels', group=64, scale='float16')
+>>> del FORMATS["three_levels"]
 """
 
 

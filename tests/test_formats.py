@@ -371,6 +371,9 @@ def test_a_row_of_your_own_is_a_few_lines() -> None:
         np.testing.assert_allclose(np.asarray(dequantize(q)), reference.dequantize(q), rtol=1e-6)
     finally:
         del FORMATS["ternary"], reference.LEVELS["ternary"]
+    with pytest.raises(InfoptError, match="the format 'ternary' was another row before") as e:
+        FORMATS["ternary"] = Row(bits=2, low=-2, high=1, zero=2)
+    assert "another name" in e.value.fix
 
 
 @pytest.mark.parametrize(

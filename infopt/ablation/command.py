@@ -19,11 +19,17 @@ def main(args: argparse.Namespace) -> int:
 
     if args.study is not None:
         return _study(args)
-    if args.tradeoffs and (args.stack or args.all):
+    if args.tradeoffs and (args.stack or args.all or args.metrics):
         raise EvaluationError(
-            "--tradeoffs was given stacks.", why="it measures each transform alone.", fix="one of the two"
+            "--tradeoffs was given stacks or metrics.",
+            why="it measures each transform alone, in speed, quality and memory.",
+            fix="one of the two",
         )
-    given = dict(_named(text) for text in args.stack or ())
+    given: dict[str, str] = {}
+    for name, text in map(_named, args.stack or ()):
+        if name in given or (args.all and name in STANDARD | MORE):
+            raise EvaluationError(f"two stacks are named {name!r}.", why="a row goes by its name.", fix="another name")
+        given[name] = text
     stacks = STANDARD | MORE | given if args.all else given or STANDARD
     metrics = USUAL if args.metrics is None else tuple(args.metrics.replace(" ", "").split(","))
     text = None
@@ -55,7 +61,7 @@ def main(args: argparse.Namespace) -> int:
 def _study(args: argparse.Namespace) -> int:
     given = [
         f"--{name}"
-        for name in ("stack", "all", "tradeoffs", "text", "metrics", "tokens", "length", "dtype")
+        for name in ("stack", "all", "tradeoffs", "text", "metrics", "tokens", "length", "dtype", "seed")
         if getattr(args, name)
     ]
     if given or args.out is None:

@@ -6,6 +6,7 @@ one line of JSON, written when it is done: a run that is killed goes on where it
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -27,7 +28,8 @@ import numpy as np
 from infopt import texts
 from infopt.ablation.table import METRICS, USUAL, Row, Table, write
 from infopt.errors import EvaluationError, InfoptError, nearest
-from infopt.evaluate import Windows, greedy_agreement, kept, measure, windows
+from infopt.evaluate import Windows, check_windows, greedy_agreement, kept, measure, windows
+from infopt.formats import FORMATS
 from infopt.generation import BUCKETS
 from infopt.model import Model, check_params, shapes
 from infopt.qtensor import QTensor, is_qtensor
@@ -37,12 +39,12 @@ from infopt.typing import Params
 
 LARGE = 10_000_000
 """Weights from which on a model reads less of a text, and decodes less, by default."""
-TOKENS, TOKENS_LARGE = 12_288, 8_192
-"""About how many are scored by default."""
+TOKENS, TOKENS_LARGE = 12_288, 10_240
+"""About how many are scored by default: in windows of 512, of which intervals want 20."""
 SLOTS, TURNS = 128, 5
 """Of a speed: slots of the cache, turns that a median is over."""
-DECODED, DECODED_LARGE = 64, 16
-"""Tokens decoded in a turn, after the first one."""
+DECODED, DECODED_FEW = 64, 16
+"""Tokens decoded in a turn, after the first one; of a large model, or in many slots, fewer."""
 PROMPTS, PROMPT, MOST_GREEDY = 8, 32, 64
 """Of greedy texts: how many, their prompts' tokens, their new ones."""
 STANDARD = {
@@ -59,9 +61,9 @@ STANDARD = {
 }
 """The standard table: 4 bits in groups of 32 unless it says otherwise, `int4` with scale = extreme value / -8."""
 MORE = {
-    "fp8": "quantize(format='fp8_e4m3')",
     "int8, embedding too": "quantize(bits=8, where='*')",
     "int4, scale max/7": "quantize(format='int4_absmax', group=32)",
+    "fp8": "quantize(format='fp8_e4m3')",
     "int4, zero point": "quantize(format='int4_zero', group=32)",
     "int4, clipped": "quantize(bits=4, group=32, clip='mse')",
     "mxfp4": "quantize(format='mxfp4')",
@@ -82,6 +84,7 @@ def ablate(
     metrics: Sequence[str] = USUAL,
     length: int | None = None,
     tokens: int | None = None,
+    slots: int | None = None,
     seed: int = 0,
     out: str | Path | None = None,
     progress: bool = True,
@@ -99,8 +102,9 @@ def ablate(
         default, which no weights trained here have seen.
       metrics: of "ppl", "kl", "kl99", "top1", "bits_per_byte", "greedy", "decode".
       length: tokens of a window; the model's context by default, at most 512.
-      tokens: about how many are scored, evenly out of the text; 12,288 by default, 8,192 of a model of 10 million
+      tokens: about how many are scored, evenly out of the text; 12,288 by default, 10,240 of a model of 10 million
         weights or more; 0 for all.
+      slots: of the cache in which decoding is timed; 128 by default, at most the context.
       seed: of the bootstrap.
       out: a folder for the rows. Rows that are there already, of the same versions, are not measured again.
       progress: whether to show a bar, on a terminal.
@@ -122,7 +126,7 @@ def ablate(
     >>> [row.name for row in table.rows], table["fp32"].scores.kl.value
     (['fp32', 'int8'], 0.0)
     """
-    metrics = tuple(metrics)
+    metrics = (metrics,) if isinstance(metrics, str) else tuple(metrics)
     for metric in metrics:
         if metric not in METRICS:
             raise EvaluationError(
@@ -130,17 +134,36 @@ def ablate(
             )
     check_params(model.spec, params)
     made = _made(model, params, stacks)
+    wants = {row: _extras(stack, model) for row, stack in made.items()}
+    if set(extra) != set().union(*wants.values()):
+        raise EvaluationError(
+            f"ablate was given {sorted(extra) or 'no extra params'}.",
+            why="its stacks need " + (", ".join(sorted(set().union(*wants.values()))) or "none"),
+            fix="as for convert: draft=..., the params of speculative(draft=model)",
+        )
     what, cut = _cut(model, text, length, tokens)
-    about = _about(model, params, name, what, cut, seed)
+    if "bits_per_byte" in metrics and cut.bytes is None:
+        raise EvaluationError(
+            "bits a byte cannot be measured.",
+            why="windows of token ids alone do not say how many bytes of text they stand for.",
+            fix="a text, and a model with its tokenizer; or leave the metric out",
+        )
+    check_windows(cut, model)
+    slots = min(SLOTS if slots is None else slots, model.spec.config.context)
+    new = min(DECODED if slots <= SLOTS and _values(model) < LARGE else DECODED_FEW, slots // 2)
+    about = _about(model, params, name, what, cut, seed, extra)
+    about["decoding"] = f"greedily, one text, {new} tokens after the first, in a cache of {slots} slots"
     folder = None if out is None else Path(out).expanduser().resolve()
     done = {} if folder is None else _read(folder, about)
     keys = {row: _key(stack, about, metrics) for row, stack in made.items()}
     first = next(iter(made))
-    base = _Base(made[first], made[first].convert(params))
+    base = _Base(made[first], made[first].convert(params, model), (slots, new))
     with _bar(len(made), progress) as show:
         for row, stack in made.items():
             if (key := keys[row]) not in done:
-                own = base.params if row == first else stack.convert(params, **extra)
+                own = base.params
+                if row != first:
+                    own = stack.convert(params, model, **{name: extra[name] for name in wants[row]})
                 done[key] = _measure(row, key, stack, own, base, cut, metrics, about)
                 if folder is not None:
                     write(folder / ROWS, "".join(each.to_json() + "\n" for each in done.values()).encode())
@@ -165,6 +188,12 @@ def _made(model: Model, params: Params, stacks: Any) -> dict[str, Model]:
                 fix="another name",
             )
         if isinstance(stack, Model):
+            if not _is_made_of(stack, model):
+                raise EvaluationError(
+                    f"{name!r} is a stack of another model.",
+                    why="a table compares stacks of one model with one set of params.",
+                    fix="transforms, or a Model that transforms made of this one",
+                )
             made[name] = stack
             continue
         transform = parse_stack(stack) if isinstance(stack, str) else stack
@@ -179,6 +208,21 @@ def _made(model: Model, params: Params, stacks: Any) -> dict[str, Model]:
         except InfoptError as error:
             raise type(error)(f"{name}: {error.what}", why=error.why, fix=error.fix) from error
     return made
+
+
+def _is_made_of(stack: Model | None, model: Model) -> bool:
+    while stack is not None and stack != model:
+        stack = stack.parent
+    return stack is not None
+
+
+def _extras(stack: Model, model: Model) -> set[str]:
+    """What `convert` wants besides params."""
+    found: set[str] = set()
+    while stack != model and stack.parent is not None and stack.transform is not None:
+        found |= set(stack.transform.extras)
+        stack = stack.parent
+    return found
 
 
 def _cached(stack: Model) -> Model:
@@ -199,9 +243,10 @@ def _cut(model: Model, text: Any, length: int | None, tokens: int | None) -> tup
             )
         text = texts.topics()
     if isinstance(text, str):
-        held_out = text == texts.topics()
-        version = platform.python_version()
-        what = f"held-out topics of CPython {version} (text {texts.digest(text)})" if held_out else what
+        with contextlib.suppress(InfoptError):  # a Python without topics measures texts of one's own
+            held_out = text == texts.topics()
+            version = platform.python_version()
+            what = f"held-out topics of CPython {version} (text {texts.digest(text)})" if held_out else what
     cut = windows(text, min(512, model.spec.config.context) if length is None else length, tokenizer=model.tokenizer)
     if tokens is None:
         tokens = TOKENS if _values(model) < LARGE else TOKENS_LARGE
@@ -212,9 +257,9 @@ def _values(model: Model) -> int:
     return sum(math.prod(shape) for shape in shapes(model.spec).values())
 
 
-def _about(model: Model, params: Params, name: str, what: str, cut: Windows, seed: int) -> dict[str, Any]:
+def _about(model: Model, params: Params, name: str, what: str, cut: Windows, seed: int, extra: Any) -> dict[str, Any]:
     h = hashlib.sha256(model.spec.to_json().encode())
-    for leaf in jax.tree.leaves(params):
+    for leaf in jax.tree.leaves((params, extra)):
         h.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
     c = model.spec.config
     size = f"{model.spec.family} {c.layers} x {c.dim}, {_values(model) / 1e6:.3g} million weights"
@@ -255,22 +300,25 @@ def _commit() -> str:
 
 def _key(stack: Model, about: Mapping[str, Any], metrics: Sequence[str]) -> str:
     """What a row depends on: equal keys, equal quality."""
+    named = {fmt.name for fmt in [*dict(stack.spec.weights).values(), stack.spec.kv] if fmt is not None}
     parts = [
         stack.spec.to_json(),
         stack.recipe.steps,
+        {name: dataclasses.asdict(FORMATS[name]) for name in sorted(named)},
+        about["device"],
         about["model"]["digest"],
         about["text"]["digest"],
         about["versions"],
-        [metric for metric in metrics if metric in ("decode", "greedy")],
+        [about["decoding"] if metric == "decode" else metric for metric in metrics if metric in ("decode", "greedy")],
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 class _Base:
-    """The base, read once for all rows."""
+    """The base, read once for all rows; and in how many slots how many tokens are decoded for a speed."""
 
-    def __init__(self, model: Model, params: Params) -> None:
-        self.model, self.params, self.read = model, params, kept(model, params)
+    def __init__(self, model: Model, params: Params, decoding: tuple[int, int]) -> None:
+        self.model, self.params, self.decoding, self.read = model, params, decoding, kept(model, params)
 
 
 def _measure(
@@ -299,7 +347,7 @@ def _measure(
         stack.exact,
         sum(leaf.nbytes for leaf in jax.tree.leaves(params)),
         _values(stack),
-        max((float(np.max(q.error)) for q in _packed(params)), default=0.0),
+        float(np.max([0.0, *(np.max(q.error) for q in _packed(params))])),
         stack.token_bytes(),
         sum(leaf.nbytes for leaf in jax.tree.leaves(state.kv)),
         scores,
@@ -314,15 +362,15 @@ def _packed(params: Params) -> list[QTensor]:
 
 
 def _greedy(stack: Model, params: Params, base: _Base, cut: Windows) -> Any:
-    prompts = [row[:PROMPT].tolist() for row in cut.spread(PROMPTS * cut.length).rows[:PROMPTS]]
-    new = min(MOST_GREEDY, stack.spec.config.context - PROMPT)
+    size = min(PROMPT, stack.spec.config.context // 2)
+    prompts = [row[:size].tolist() for row in cut.spread(PROMPTS * cut.length).rows[:PROMPTS]]
+    new = min(MOST_GREEDY, stack.spec.config.context - size)
     return greedy_agreement(stack, params, (base.model, base.params), prompts, max_new=new)
 
 
 def _decoding(stack: Model, params: Params, base: _Base, cut: Windows) -> dict[str, Callable[[], float]]:
     """Runs of decoding, of the stack and of the base, that give the seconds that one token takes."""
-    slots = min(SLOTS, stack.spec.config.context)
-    new = min(DECODED if _values(base.model) < LARGE else DECODED_LARGE, slots // 2)
+    slots, new = base.decoding
     both = {"own": (stack, params), "base": (base.model, base.params)}
     runs = {name: decoding(*each, cut.rows[0][:1], slots, new) for name, each in both.items()}
     return {name: lambda run=run: run() / new for name, run in runs.items()}

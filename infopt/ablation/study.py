@@ -248,7 +248,8 @@ def tradeoffs(model: Model, params: Params, **options: Any) -> Tradeoffs:
             fix="the model as ip.load gives it",
         )
     c = model.spec.config
-    window = max(min(512, c.context) // 4, 8)
+    length = min(512, c.context)
+    window = max(length // 4, 8)
     heads = next(n for n in range(c.kv_heads // 2, 0, -1) if c.kv_heads % n == 0) if c.kv_heads > 1 else 0
     draft = "self_draft(quantize(bits=4, group=32))"
     stacks: dict[str, Any] = {
@@ -263,7 +264,7 @@ def tradeoffs(model: Model, params: Params, **options: Any) -> Tradeoffs:
         "paged KV": "cache_kv() | paged(16)",
         "speculative": f"cache_kv() | speculative(draft={draft}, k=4)",
     }
-    options = {"metrics": ("ppl", "kl", "decode")} | options
+    options = {"metrics": ("ppl", "kl", "decode"), "slots": length} | options
     if not {"ppl", "kl", "decode"} <= set(options["metrics"]):
         raise EvaluationError(
             f"trade-offs were asked for by {', '.join(options['metrics'])} alone.",

@@ -38,7 +38,8 @@ class Row:
       exact: whether it is.
       weight_bytes: of the live params.
       weights: how many values those stand for.
-      error: the greatest relative error that rounding has made in a packed matrix; 0 where none was rounded.
+      error: the greatest relative error that rounding has made in a packed matrix; 0 where none was rounded, NaN where
+        one was loaded packed.
       token_bytes: of the cache, a token, by its codec.
       state_bytes: of the live keys and values of one text as long as a window; 0 without a cache.
       scores: of each window.
@@ -97,10 +98,10 @@ class Row:
     def to_json(self) -> str:
         """One line."""
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        parts = {
-            name: part and json.loads(part.to_json()) for name, part in own.items() if name in ("scores", "greedy")
-        }
-        return json.dumps(own | parts)
+        for name in ("scores", "greedy"):
+            own[name] = own[name] and json.loads(own[name].to_json())
+        own["error"] = self.error if math.isfinite(self.error) else None
+        return json.dumps(own, allow_nan=False)
 
     @staticmethod
     def from_json(text: str) -> Row:
@@ -112,8 +113,12 @@ class Row:
         try:
             found = json.loads(text)
             speed = tuple((float(own), float(base)) for own, base in found["speed"])
-            greedy = found["greedy"] and Agreement.from_json(found["greedy"])
-            return Row(**found | {"scores": Scores.from_json(found["scores"]), "greedy": greedy, "speed": speed})
+            parts = {
+                "scores": Scores.from_json(found["scores"]),
+                "greedy": found["greedy"] and Agreement.from_json(found["greedy"]),
+                "error": math.nan if found["error"] is None else float(found["error"]),
+            }
+            return Row(**found | parts | {"speed": speed})
         except (KeyError, TypeError, ValueError) as error:
             raise EvaluationError(
                 "this is no row of an ablation.", why=f"{type(error).__name__}: {error}.", fix="what Row.to_json wrote"
@@ -165,7 +170,13 @@ class Table:
 
     def difference(self, a: str, b: str, metric: str = "ppl", *, relative: bool = False) -> Estimate:
         """A metric of row `a` less that of row `b`, paired window by window, with its interval."""
-        return difference(self[a].scores, self[b].scores, metric, relative=relative, seed=self.seed)
+        one, two = self[a], self[b]
+        if metric != "greedy":
+            return difference(one.scores, two.scores, metric, relative=relative, seed=self.seed)
+        for row in (one, two):
+            row.estimate(metric)  # raises where it was not measured
+        assert one.greedy is not None and two.greedy is not None
+        return difference(one.greedy, two.greedy, metric, relative=relative, seed=self.seed)
 
     @property
     def title(self) -> str:
@@ -192,7 +203,8 @@ class Table:
         }
         for metric in self.metrics:
             if metric == "decode":
-                found["decoded/s"] = f"{row.decode:.3g}" + ("" if row is base else f" ({row.faster:.2f}x)")
+                speed = f"{row.decode:,.0f}" if row.decode >= 100 else f"{row.decode:.3g}"
+                found["decoded/s"] = speed + ("" if row is base else f" ({row.faster:.2f}x)")
                 continue
             column = COLUMNS[metric]
             found[column.head] = shown(row.estimate(metric, self.seed), column.form)
@@ -211,11 +223,13 @@ class Table:
         found.append(
             f"After ±: half of the 95% interval, a bootstrap over {units} windows or documents; "
             f"`ppl to {base.name}` is of the paired difference."
-            + ("" if units >= ENOUGH else f" {units} are few: the intervals are too narrow.")
+            + ("" if units >= ENOUGH else f" {units} are few: the intervals are too narrow." if units > 1 else "")
         )
-        if (floor := base.scores.kl.value) != 0:
+        if (floor := base.scores.kl.value) > 0:
             found.append(f"{base.name} against itself, run twice: KL {floor:.2g}, this device's noise floor.")
-        for row in self.rows[1:]:
+        if "decode" in self.metrics:
+            found.append(f"decoded/s: {base.about['decoding']}.")
+        for row in self.rows:
             values = [row.estimate(m, self.seed, resamples=100).value for m in self.metrics if m in QUALITY]
             if not all(map(math.isfinite, values)):
                 found.append(f"{row.name}: its logits are not finite, so a figure is none.")
@@ -344,7 +358,7 @@ def markdown(cells: Sequence[Mapping[str, str]]) -> list[str]:
     """Lines of a Markdown table."""
     heads = list(cells[0])
     rows = [heads, ["---", *["---:"] * (len(heads) - 1)], *([row[head] for head in heads] for row in cells)]
-    return [f"| {' | '.join(row)} |" for row in rows]
+    return ["| " + " | ".join(cell.replace("|", "\\|").replace("*", "\\*") for cell in row) + " |" for row in rows]
 
 
 def write(path: Path, data: bytes) -> None:

@@ -28,12 +28,15 @@ from infopt.io.tokenizer import BYTE_PIECE, CONTROL, SPACE, SPLITTINGS, UNKNOWN,
 from infopt.model import Model, Weights, check_params, shapes
 from infopt.models import LlamaConfig, MistralConfig
 from infopt.models.base import shortest_period
-from infopt.qtensor import is_qtensor
+from infopt.qtensor import Format, is_qtensor
 from infopt.spec import Config, LinearRope, Llama3Rope, TableRope, YarnRope
 from infopt.typing import Params
 
-BLOCKS = {fmt: kind for kind, fmt in KEPT.items()}
-"""By format: the blocks that are its very bits."""
+BLOCKS = {fmt: kind for kind, fmt in KEPT.items()} | {
+    Format(kind.name.lower(), 32, "float16"): kind
+    for kind in (GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q4_1)
+}
+"""By format: the blocks that are its very bits. Those of llama.cpp's own rounding lie as ours do."""
 FLOATS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 FILE_TYPES = {"F32": "ALL_F32", "Q4_K": "MOSTLY_Q4_K_M", "Q5_K": "MOSTLY_Q5_K_M"}
 """What a file is called whose tensors are mostly of a type, where that is not MOSTLY and the type."""

@@ -33,8 +33,15 @@ class CacheKV(Transform):
                 "keys and values are kept once.",
                 "leave one of the two out",
             )
-        if (codec := self._codec(spec)) is not None:
-            codec.check_width(spec.config.head_dim, "a head of keys or values")
+        codec, width = self._codec(spec), spec.config.head_dim
+        if codec is not None and codec.group is not None and width % codec.group:
+            raise InfoptError(
+                f"{self!r}: groups of {codec.group} do not divide a head, which has {width} channels.",
+                why="every channel needs a scale, and heads share none.",
+                fix="group=" + " or ".join(str(n) for n in range(2, width + 1, 2) if width % n == 0),
+            )
+        if codec is not None:
+            codec.check_width(width, "a head of keys or values")
 
     def edit(self, spec: Spec) -> Spec:
         return spec.replace(cache=True, kv=self._codec(spec))

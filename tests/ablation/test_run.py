@@ -58,7 +58,7 @@ def test_a_row_is_what_measure_says_of_the_stack_on_its_own_path() -> None:
     params = stack.convert(PARAMS)
     assert row.scores == ip.measure(stack, params, cut, (base, base.convert(PARAMS)))
     assert row.stack == "quantize(bits=4, group=16) | cache_kv()"
-    assert row.error == max(each.error for each in stack.audit(params).rows if each.error is not None)
+    assert row.error == max(each.error for each in stack.audit(params).lines if each.error is not None)
     assert row.spec == json.loads(stack.spec.to_json())
     assert row.weight_bytes == sum(x.nbytes for x in jax.tree.leaves(params)) == stack.weight_bytes()
     state = stack.init_state(1, 32)
@@ -150,9 +150,12 @@ def test_another_text_or_more_metrics_are_measured_anew_and_kept_beside(tmp_path
 def test_the_same_seed_gives_the_same_table_on_the_shipped_model() -> None:
     model, params = ip.load("tiny")
     stacks = {"int4": "quantize(bits=4, group=32)"}
-    one, two = (ip.ablate(model, params, stacks, tokens=600, metrics=QUALITY) for _ in range(2))
+    one, two, timed = (
+        ip.ablate(model, params, stacks, tokens=600, metrics=QUALITY + speed) for speed in ([], [], ["decode"])
+    )
     assert str(one) == str(two)
     assert one.to_json() == two.to_json()
+    assert [row.scores for row in timed.rows] == [row.scores for row in one.rows]
     assert one["int4"].scores.kl.value > 1e-3
     assert "held-out topics of CPython" in one.title
 
@@ -196,12 +199,28 @@ def test_a_row_whose_figures_are_none_says_so_and_the_run_goes_on(tmp_path: Path
     table.save(tmp_path)
 
 
+def test_a_stack_can_be_the_base() -> None:
+    base = ip.quantize(bits=8)(MODEL)
+    table = ip.ablate(base, base.convert(PARAMS), {"kv": "cache_kv(bits=8)"}, text=TEXT, metrics="kl", length=32)
+    assert [row.name for row in table.rows] == ["base", "kv"]
+    assert table["base"].scores.kl.value == 0 < table["kv"].scores.kl.value
+
+
+def test_a_stack_gets_the_params_that_it_asks_for_and_the_others_none() -> None:
+    small = ip.models.llama(layers=1, dim=16, heads=1, kv_heads=1, head_dim=16, mlp=16, vocab=61, context=64)
+    stacks = {"int8": "quantize(bits=8)", "guess": ip.cache_kv() | ip.speculative(draft=ip.cache_kv()(small), k=2)}
+    table = ablate(stacks, metrics=["kl"], draft=small.init(jax.random.key(2)))
+    assert table["guess"].scores.kl.value < 1e-6 < table["int8"].scores.kl.value
+    with pytest.raises(EvaluationError, match="its stacks need draft"):
+        ablate(stacks)
+
+
 def test_the_standard_table_is_of_stacks_that_can_be_made() -> None:
     model, params = ip.load("tiny")
     assert list(run._made(model, params, None)) == ["fp32", *STANDARD]
     made = run._made(model, params, STANDARD | MORE)
     assert len(made) == 1 + len(STANDARD) + len(MORE)
-    assert len({stack.spec for stack in made.values()}) == len(made)
+    assert len({(stack.spec, stack.recipe) for stack in made.values()}) == len(made)
 
 
 # -------------------------------------------------------------------------------------------------------- what is wrong
@@ -218,6 +237,9 @@ def test_the_standard_table_is_of_stacks_that_can_be_made() -> None:
         ({"stacks": {"fp32": "quantize(bits=8)"}}, "a stack is named 'fp32'"),
         ({"stacks": {"x": 3}}, "'x' is a int"),
         ({"length": 65}, "65"),
+        ({"metrics": ["bits_per_byte"]}, "bits a byte cannot be measured"),
+        ({"stacks": {"x": ip.cache_kv()(ip.models.llama(vocab=61))}}, "'x' is a stack of another model"),
+        ({"draft": {}}, "ablate was given \\['draft'\\]"),
     ],
     ids=str,
 )

@@ -143,7 +143,8 @@ def test_the_command_keeps_rows_and_prints_json(tmp_path: Path, capsys: pytest.C
         (["--metrics", "pppl"], "did you mean 'ppl'"),
         (["--stack", "quantise(bits=8)"], "did you mean 'quantize'"),
         (["--text", "/nowhere"], "/nowhere cannot be read"),
-        (["--tradeoffs", "--stack", "cache_kv()"], "--tradeoffs was given stacks"),
+        (["--tradeoffs", "--stack", "cache_kv()"], "--tradeoffs was given stacks or metrics"),
+        (["--stack", "a=cache_kv()", "--stack", "a=cache_kv(bits=8)"], "two stacks are named 'a'"),
         (["--study", "s.toml"], "--study was given --text too"),
     ],
 )

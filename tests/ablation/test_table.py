@@ -5,7 +5,10 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import json
+import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ ABOUT = {
     "text": {"what": "a text", "digest": "0123456789", "scored": 400, "windows": 4, "length": 100},
     "versions": {"jax": "0"},
     "device": "cpu (2 cores)",
+    "decoding": "greedily, one text",
 }
 
 
@@ -105,13 +109,27 @@ def test_notes_say_what_a_reader_must_know() -> None:
     assert not any("as they are" in note for note in TABLE.notes)
     kv = row("kv", kl=1e-9, speed=8.0)
     quiet = Table((TABLE.rows[0], kv), ("ppl", "decode"))
-    assert len(quiet.notes) == 1
+    assert len(quiet.notes) == 2  # and how speed was taken
     lossless = Table((TABLE.rows[0], row("q4_1", kl=1e-9, **PACKED)), ("ppl", "kl"))
     assert any(note.startswith("q4_1: the weights lie on this grid") for note in lossless.notes)
     few = Table((row("fp32", units=5), row("int8", kl=0.1, units=5)), ("kl",))
     assert "5 are few" in few.notes[0]
     noisy = Table((row("fp32", kl=1e-7), row("int8", kl=0.1)), ("kl",))
     assert "noise floor" in noisy.notes[1]
+    spoilt = Table((row("fp32", kl=math.nan), row("int8", kl=math.nan)), ("kl",))
+    assert [note.split(":")[0] for note in spoilt.notes[1:]] == ["fp32", "int8"]
+
+
+def test_a_name_with_a_bar_is_one_cell_of_markdown() -> None:
+    table = Table((row("fp32"), row("quantize(bits=4) | cache_kv(bits=8)", kl=0.1)), ("ppl", "kl"))
+    lines = [line for line in table.to_markdown().splitlines() if line.startswith("|")]
+    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1
+
+
+def test_what_is_no_number_goes_through_json() -> None:
+    line = row("kept", error=math.nan).to_json()
+    json.loads(line, parse_constant=lambda text: pytest.fail(f"{text} is no JSON"))
+    assert math.isnan(Row.from_json(line).error)
 
 
 def test_a_gpus_table_does_not_speak_of_the_cpu() -> None:
