@@ -132,7 +132,8 @@ def test_live_buffers_take_the_files_bytes(kind: str) -> None:
     rows, q = tensor(kind)
     fmt = q.format
     assert q.nbytes == sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(q)) == rows.nbytes
-    assert q.nbytes == fmt.bytes((5, 3, 512)) == fmt.bytes_per_value(512) * 5 * 3 * 512
+    assert q.nbytes == fmt.bytes_per_value(512) * 5 * 3 * 512
+    assert fmt.bytes((5, 3, 512)) == q.nbytes + 4 * 5  # and of a weight the error of its rounding
     assert fmt.bytes_per_value(4096) * 8 == BITS[kind]
 
 
