@@ -22,7 +22,7 @@ from infopt.io import disk
 if TYPE_CHECKING:
     from infopt.ablation.picture import Picture
 
-LOSSLESS = 1e-7
+LOSSLESS = 1e-6
 """Relative error below which rounding is said to have lost nothing: float32's own."""
 
 

@@ -66,6 +66,20 @@ def test_the_embedded_model_is_as_good_as_its_files_say() -> None:
     assert found == pytest.approx(about["sample_perplexity"], rel=1e-3 if same else 0.15)
 
 
+def test_smollm2s_weights_lie_on_a_grid_of_four_bits_with_minima(smollm2: Path) -> None:
+    """Groups of 32 with a scale and a minimum lose nothing of what its file holds; other grids do."""
+    model, params = ip.load(smollm2)
+
+    def errors(**arguments: Any) -> list[float]:
+        stack = ip.quantize(where="layers.0.*", **arguments)(model)
+        return [line.error for line in stack.audit(stack.convert(params)).lines if line.error is not None]
+
+    assert len(errors(format="int4_min", group=32)) == 7
+    assert max(errors(format="int4_min", group=32)) < 1e-6
+    assert min(errors(bits=4, group=32)) > 0.05
+    assert min(errors(format="int4_min", group=64)) > 0.05
+
+
 # --------------------------------------------------------------------------------------------- what reproduces refuses
 
 SMALL = ip.models.llama(vocab=61, dim=32, layers=1, heads=2, kv_heads=2, head_dim=16, mlp=32, context=64)

@@ -206,6 +206,9 @@ DEEP = "gqa(1) | quantize({}) | sliding_window(5, sinks=2) | cache_kv(bits=8) | 
     [
         "format='fp8_e4m3'",
         "format='nvfp4', group=16, clip='mse'",
+        "group=16, where={'head': 'int4_min', '*.attn.*': 'nf4', 'layers.0.*': 'mxfp4', 'layers.1.*': 'int4_zero', "
+        "'layers.*': 2}",
+        "group=16, where={'head': 'int8_zero', '*.attn.*': 'int4_absmax', 'layers.0.*': 4, 'layers.*': 'int2_zero'}",
         "bits=3, group=24, pad=True",
         "where={'head': 8, 'layers.0.*': None, '*.mlp.*': 'fp8_e5m2', 'layers.*': 'bf16'}",
     ],
