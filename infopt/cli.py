@@ -296,7 +296,9 @@ def _add_matrix(commands: Any) -> None:
     parser.add_argument("--processes", type=_count, default=1, metavar="N", help="share the work out (default 1)")
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--write", metavar="FILE", help="write the table to FILE")
-    group.add_argument("--check", metavar="FILE", help="exit 1 if FILE says otherwise than the tests saw")
+    group.add_argument(
+        "--check", metavar="FILE", help="exit 1 if FILE says otherwise than was seen; --family: of some only"
+    )
 
 
 def _add_ablate(commands: Any) -> None:
