@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -341,3 +345,37 @@ def test_each_rule_must_match_something() -> None:
 def test_a_repr_is_the_text_of_the_same_transform(transform: ip.Transform) -> None:
     assert ip.parse_stack(repr(transform)) == transform
     assert hash(transform) == hash(ip.parse_stack(repr(transform)))
+
+
+CONVERT = """
+import sys, threading, time, jax, infopt as ip
+model, params = ip.load(sys.argv[1])
+jax.block_until_ready(params)
+def anonymous():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
+before, peak, done = anonymous(), 0, False
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, anonymous())
+        time.sleep(0.002)
+thread = threading.Thread(target=watch)
+thread.start()
+own = jax.block_until_ready(ip.quantize(bits=4, group=32)(model).convert(params))
+done = True
+thread.join()
+base = {id(x) for x in jax.tree.leaves(params)}
+fresh = sum(x.nbytes for x in jax.tree.leaves(own) if id(x) not in base)
+print(peak - before, fresh, params["embed"].nbytes)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RssAnon is read from Linux's /proc")
+def test_converting_holds_the_result_and_twice_the_largest_tensor_at_most(smollm2: Path) -> None:
+    """Beside the base, whose dense weights the result shares; the process is one of its own."""
+    command = [sys.executable, "-c", CONVERT, str(smollm2)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
+    taken, fresh, largest = map(int, run.stdout.split())
+    assert 55e6 < fresh < 65e6
+    assert taken <= fresh + 2 * largest
