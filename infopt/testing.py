@@ -607,7 +607,7 @@ def matrix_main(args: argparse.Namespace) -> int:
 
 
 def _of_families(text: str, families: Sequence[str] | None) -> str:
-    """What a page says of some families: their totals, and the tables of their pairs; all of it where there are none.
+    r"""What a page says of some families: their totals, and the tables of their pairs; all of it where there are none.
 
     >>> print(_of_families("# X\n| a | 1 |\n| b | 2 |\n## a: pairs\nyes\n## b: pairs\nno\n## Why\n", ["b"]))
     | b | 2 |

@@ -25,7 +25,7 @@ BREAKS = [
     ("causality_off_by_one", ops, "allowed", "k <= q", "k <= q + 1", ["", RING]),
     ("sink_seen_at_its_full_distance", ops, "sink_query_position", "jnp.minimum(query, window.size - 1)", "query",
      [SINKS, "sliding_window(5, sinks=2)"]),
-    ("swapped_nibbles", qtensor, "_unpacked", "(codes & 15, codes >> 4)", "(codes >> 4, codes & 15)",
+    ("swapped_nibbles", qtensor, "unpack", "plane(k) for k in range(n)", "plane(n - 1 - k) for k in range(n)",
      ["quantize(bits=4, group=16) | cache_kv()"]),
     ("wrong_rope_base", ops, "rope_frequencies", "theta **", "(2 * theta) **", ["", "cache_kv()"]),
     ("keys_rotated_by_slot", ops, "attend", "k = rope(k, c.positions)", "k = rope(k, c.positions * 0)", ["cache_kv()"]),

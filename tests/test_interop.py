@@ -168,9 +168,9 @@ def test_a_format_without_a_counterpart_is_refused_with_the_reason(format: Forma
 
 
 def test_other_levels_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(FORMATS, "ternary", Row(bits=2, low=-1, high=1, zero=1, group=64))
+    monkeypatch.setitem(FORMATS, "other_levels", Row(bits=2, low=-1, high=1, zero=1, group=64))
     with pytest.raises(InfoptError, match="no type of such levels"):
-        ip.to_qwix(quantize_array(sample(6, 64), Format("ternary", 16, "float16"), 2))
+        ip.to_qwix(quantize_array(sample(6, 64), Format("other_levels", 16, "float16"), 2))
 
 
 def test_padding_and_what_is_not_packed_are_refused() -> None:
