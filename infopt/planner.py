@@ -203,9 +203,8 @@ def _widened(params: Params, cache: Any) -> int:
     """Bytes of the float32 copies that XLA's CPU code before jaxlib 0.11 makes of 16-bit layers and caches, roughly."""
     if not ops.LOOPS_IN_PLACE:
         return 0
-    layers, cached = jax.tree.leaves(params["segments"], is_leaf=is_qtensor), jax.tree.leaves(cache)
-    dense = [x for x in layers if not is_qtensor(x) and x.ndim > 2 and x.dtype.itemsize == 2]
-    return 2 * nbytes(dense) + 2 * nbytes([x for x in cached if x.dtype.itemsize == 2 and x.ndim > 3])
+    leaves = jax.tree.leaves((params["segments"], cache), is_leaf=is_qtensor)
+    return 2 * nbytes([x for x in leaves if not is_qtensor(x) and x.ndim > 2 and x.dtype.itemsize == 2])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -114,6 +114,7 @@ COMPILED = [
     ("sliding_window(256, sinks=4) | cache_kv()", 1),
     ("quantize(bits=8) | cache_kv(bits=8) | paged(64)", 4),
     ("cache_kv() | speculative(draft=self_draft(quantize(bits=4)), k=4)", 1),
+    ("cache_kv(bits=4)", 4),
 ]
 
 

@@ -10,8 +10,10 @@ from infopt.qtensor import Format
 from infopt.spec import Spec
 from infopt.transforms.base import Transform, order_error, whole
 
-CODECS = {8: ("int8", "float32", None), 4: ("int4_min", "float16", 32)}
-"""By bits: the format, the dtype of its scales, and how many channels share one (None: a whole head)."""
+CODECS = {8: "int8", 4: "int4_min"}
+"""The format, by bits."""
+GROUP = 32
+"""At most so many channels share a scale, unless asked otherwise."""
 
 
 @final
@@ -49,10 +51,9 @@ class CacheKV(Transform):
     def _codec(self, spec: Spec) -> Format | None:
         if self.bits is None:
             return None
-        name, scale, most = CODECS[self.bits]
-        if self.group is not None:
-            return Format(name, self.group, "float16")
-        return Format(name, most if most is None else min(most, spec.config.head_dim), scale)
+        width = spec.config.head_dim
+        even = (n for n in range(GROUP, 1, -2) if width % n == 0)
+        return Format(CODECS[self.bits], self.group or next(even, width), "float16")
 
 
 def cache_kv(bits: int | None = None, group: int | None = None) -> CacheKV:
@@ -61,12 +62,11 @@ def cache_kv(bits: int | None = None, group: int | None = None) -> CacheKV:
     Linear where a layer sees everything, a ring where its window is shorter than the text (see `infopt.cache`).
     Exact; with `bits` not: keys and values are rounded, each token by itself, before they are used, in prefill too.
 
-    8 bits: symmetric, a float32 scale a head of a token. 4 bits: two to a byte, of each 32 channels (or the head, where
-    it is smaller) a 16-bit scale and a 16-bit minimum.
+    8 bits: symmetric, a 16-bit scale a group. 4 bits: two to a byte, a 16-bit scale and a 16-bit minimum a group.
 
     Args:
       bits: None keeps them as computed; 8 or 4 stores so many a value.
-      group: channels of a head that share a scale (16 bits then); must divide the head.
+      group: channels of a head that share a scale; must divide the head. By default its largest even divisor up to 32.
 
     Raises:
       TransformOrderError: there is a cache already.
@@ -75,7 +75,7 @@ def cache_kv(bits: int | None = None, group: int | None = None) -> CacheKV:
     >>> import infopt as ip
     >>> model = ip.models.llama(layers=2, kv_heads=2, head_dim=16)
     >>> [cache_kv(bits=bits)(model).token_bytes() for bits in (None, 8, 4)]
-    [512, 160, 96]
+    [512, 144, 96]
     """
     if bits not in (None, *CODECS) or isinstance(bits, float | bool):
         raise InfoptError(

@@ -22,10 +22,19 @@ TOKENS = np.random.default_rng(0).integers(0, 29, (ROWS, 9))
 def test_it_edits_the_cache_and_its_codec_only() -> None:
     spec = BARE.spec
     assert ip.cache_kv().edit(spec) == spec.replace(cache=True)
-    assert ip.cache_kv(bits=8).edit(spec) == spec.replace(cache=True, kv=Format("int8"))
-    assert ip.cache_kv(bits=4).edit(spec).kv == Format("int4_min", 8, "float16")  # 32, or the head
+    assert ip.cache_kv(bits=8).edit(spec) == spec.replace(cache=True, kv=Format("int8", 8, "float16"))
+    assert ip.cache_kv(bits=4).edit(spec).kv == Format("int4_min", 8, "float16")
     assert ip.cache_kv(bits=4, group=4).edit(spec).kv == Format("int4_min", 4, "float16")
     assert ip.cache_kv(bits=8, group=2).edit(spec).kv == Format("int8", 2, "float16")
+
+
+@pytest.mark.parametrize("width, group", [(8, 8), (32, 32), (64, 32), (80, 20), (50, 10), (74, 2), (128, 32)])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_group_is_by_default_the_largest_even_divisor_of_a_head(width: int, group: int, bits: int) -> None:
+    spec = ip.models.llama(layers=1, dim=16, heads=1, kv_heads=1, head_dim=width).spec
+    kv = ip.cache_kv(bits=bits).edit(spec).kv
+    assert kv is not None
+    assert kv.group == group
 
 
 def test_it_is_exact_without_a_codec() -> None:
@@ -69,7 +78,7 @@ def test_recomputation_goes_through_the_codec_too(bits: int) -> None:
     "transform, head",
     [
         (ip.cache_kv(), 8 * 4),
-        (ip.cache_kv(bits=8), 8 + 4),
+        (ip.cache_kv(bits=8), 8 + 2),
         (ip.cache_kv(bits=8, group=2), 8 + 4 * 2),
         (ip.cache_kv(bits=4), 8 // 2 + 2 + 2),
         (ip.cache_kv(bits=4, group=2), 8 // 2 + 4 * (2 + 2)),
