@@ -84,6 +84,8 @@ def main() -> None:
 
     tokenizer, text = prepare(new=args.all)
     heldout, other = encode(tokenizer, texts.documents()), encode(tokenizer, texts.documents("calibration"))
+    # Documentation has stock phrases, of up to some 80 tokens here: shorter runs are shared.
+    ip.check_disjoint([encode(tokenizer, [each]) for each in texts.documents("training")], heldout, n=128)
     model = dataclasses.replace(ip.models.llama(**SHAPE), tokenizer=tokenizer)
     start = model.init(jax.random.key(0))
     if args.all:

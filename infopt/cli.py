@@ -305,7 +305,7 @@ def _add_ablate(commands: Any) -> None:
     summary = "measure what stacks cost in quality, take in bytes and gain in speed, beside their base"
     parser = _command(commands, "ablate", summary, ABLATE_EXAMPLES)
     parser.set_defaults(command=_ablate)
-    parser.add_argument("model", nargs="?", default="tiny", metavar="MODEL", help="as for generate (default: tiny)")
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="as for generate (default: tiny)")
     parser.add_argument(
         "--stack",
         action="append",
@@ -333,8 +333,7 @@ def _add_ablate(commands: Any) -> None:
     parser.add_argument(
         "--picture",
         metavar="FILE",
-        default="ablation.png",
-        help="without --out, a PNG; '' for none (default: %(default)s)",
+        help="without --out, a PNG; '' for none (default: ablation.png)",
     )
     parser.add_argument("--json", action="store_true", help="JSON, a line a row, in place of the table")
 

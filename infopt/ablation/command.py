@@ -38,9 +38,14 @@ def main(args: argparse.Namespace) -> int:
             text = Path(args.text).expanduser().read_text("utf-8")
         except (OSError, ValueError) as error:
             raise EvaluationError(f"{args.text} cannot be read.", why=str(error), fix="a file of UTF-8 text") from error
-    model, params = load(args.model, **({} if args.dtype is None else {"dtype": args.dtype}))
+    if args.out is not None and args.picture:
+        raise EvaluationError(
+            "--picture was given beside --out.", why="the picture goes into that folder.", fix="one of the two"
+        )
+    name = args.model or "tiny"
+    model, params = load(name, **({} if args.dtype is None else {"dtype": args.dtype}))
     options: dict[str, Any] = {"text": text, "tokens": args.tokens, "seed": args.seed, "out": args.out}
-    options |= {"length": args.length, "name": args.model}
+    options |= {"length": args.length, "name": name}
     if args.tradeoffs:
         found = tradeoffs(model, params, **options)
         if args.out is not None:
@@ -52,18 +57,16 @@ def main(args: argparse.Namespace) -> int:
     if args.out is not None:
         table.save(args.out)
         print(f"rows, table and picture: {args.out}", file=sys.stderr)
-    elif args.picture:
-        table.save_picture(args.picture)
-        print(f"picture: {args.picture}", file=sys.stderr)
+    elif args.picture != "":
+        picture = args.picture or "ablation.png"
+        table.save_picture(picture)
+        print(f"picture: {picture}", file=sys.stderr)
     return 0
 
 
 def _study(args: argparse.Namespace) -> int:
-    given = [
-        f"--{name}"
-        for name in ("stack", "all", "tradeoffs", "text", "metrics", "tokens", "length", "dtype", "seed")
-        if getattr(args, name)
-    ]
+    names = ("stack", "all", "tradeoffs", "text", "metrics", "tokens", "length", "dtype", "seed", "picture")
+    given = [args.model] * bool(args.model) + [f"--{name}" for name in names if getattr(args, name)]
     if given or args.out is None:
         raise EvaluationError(
             f"--study was given {', '.join(given)} too." if given else "--study was given no folder.",

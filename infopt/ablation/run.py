@@ -27,10 +27,11 @@ import numpy as np
 
 from infopt import texts
 from infopt.ablation.table import METRICS, USUAL, Row, Table, write
-from infopt.errors import EvaluationError, InfoptError, nearest
+from infopt.errors import CheckpointError, EvaluationError, InfoptError, nearest
 from infopt.evaluate import Windows, check_windows, greedy_agreement, kept, measure, windows
 from infopt.formats import FORMATS
 from infopt.generation import BUCKETS
+from infopt.io import disk
 from infopt.model import Model, check_params, shapes
 from infopt.qtensor import QTensor, is_qtensor
 from infopt.timing import decoding, turns
@@ -115,7 +116,8 @@ def ablate(
       A table, the base first, then the stacks in their order.
 
     Raises:
-      EvaluationError: no such metric, text that cannot be scored, or a folder with another model's rows.
+      EvaluationError: no such metric, text that cannot be scored, or a folder with another model's rows, or one that
+        another process is measuring into.
       CheckpointError: the folder cannot be written.
       TransformOrderError, InfoptError: a stack cannot be made; before anything is measured.
 
@@ -153,20 +155,17 @@ def ablate(
     new = min(DECODED if slots <= SLOTS and _values(model) < LARGE else DECODED_FEW, slots // 2)
     about = _about(model, params, name, what, cut, seed, extra)
     about["decoding"] = f"greedily, one text, {new} tokens after the first, in a cache of {slots} slots"
-    folder = None if out is None else Path(out).expanduser().resolve()
-    done = {} if folder is None else _read(folder, about)
     keys = {row: _key(stack, about, metrics) for row, stack in made.items()}
     first = next(iter(made))
-    base = _Base(made[first], made[first].convert(params, model), (slots, new))
-    with _bar(len(made), progress) as show:
+    with _rows(out, about) as (done, keep), _bar(len(made), progress) as show:
+        base = _Base(made[first], made[first].convert(params, model), (slots, new))
         for row, stack in made.items():
             if (key := keys[row]) not in done:
                 own = base.params
                 if row != first:
                     own = stack.convert(params, model, **{name: extra[name] for name in wants[row]})
                 done[key] = _measure(row, key, stack, own, base, cut, metrics, about)
-                if folder is not None:
-                    write(folder / ROWS, "".join(each.to_json() + "\n" for each in done.values()).encode())
+                keep(done.values())
             show(row)
     return Table(tuple(dataclasses.replace(done[key], name=row) for row, key in keys.items()), metrics, seed)
 
@@ -382,12 +381,42 @@ def _speeds(runs: dict[str, Callable[[], float]]) -> tuple[tuple[float, float], 
     return tuple((1 / own, 1 / other) for own, other in zip(taken["own"], taken["base"], strict=True)) if runs else ()
 
 
+@contextmanager
+def _rows(out: str | Path | None, about: Mapping[str, Any]) -> Iterator[tuple[dict[str, Row], Callable[..., None]]]:
+    """The rows that are in the folder, by key, and a function that writes all of them anew; nobody else has it then."""
+    if out is None:
+        yield {}, lambda rows: None
+        return
+    folder = Path(out).expanduser().resolve()
+
+    def keep(rows: Iterable[Row]) -> None:
+        write(folder / ROWS, "".join(row.to_json() + "\n" for row in rows).encode())
+
+    with contextlib.ExitStack() as held:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            alone = held.enter_context(disk.held(folder))
+        except OSError as error:
+            raise CheckpointError(f"{folder} cannot be written.", **disk.refused(error, "another folder")) from error
+        if not alone:
+            raise EvaluationError(
+                f"another process is measuring into {folder}.",
+                why="each would write its rows over the other's.",
+                fix="wait for it, or another folder",
+            )
+        for left in folder.glob(f".{ROWS}.*"):  # of a process that was killed while it wrote
+            left.unlink(missing_ok=True)
+        done = _read(folder, about)
+        keep(done.values())
+        yield done, keep
+
+
 def _read(folder: Path, about: Mapping[str, Any]) -> dict[str, Row]:
-    """The rows that are there, by key; the folder is there then, and can be written."""
+    """The rows that are there, by key."""
     path = folder / ROWS
     try:
         text = path.read_text("utf-8")
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         text = ""
     except (OSError, ValueError) as error:
         raise EvaluationError(f"{path} cannot be read.", why=str(error), fix="another folder") from error
@@ -402,7 +431,6 @@ def _read(folder: Path, about: Mapping[str, Any]) -> dict[str, Row]:
                 why=f"a table compares stacks of one model with one set of params; this is {about['model']['what']}.",
                 fix="another folder",
             )
-    write(path, text.encode())
     return {row.key: row for row in rows}
 
 

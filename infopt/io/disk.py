@@ -76,6 +76,26 @@ def private_folder(parent: Path, name: str) -> Iterator[Path]:
         os.close(lock)
 
 
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[bool]:
+    """Whether this is the only process that holds the folder. A lock ends with its process, however that ends.
+
+    On a disk without locks each is told so.
+    """
+    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        alone = True
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            alone = False
+        except OSError:
+            pass
+        yield alone
+    finally:
+        os.close(lock)
+
+
 def is_being_written(folder: Path) -> bool:
     """Whether somebody is at work on `folder`, or was killed at it since the last private folder was made beside it."""
     start = f".{folder.name}.saving-"

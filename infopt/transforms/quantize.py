@@ -242,6 +242,12 @@ def _bits(bits: Any) -> int:
 
 def _check_name(name: Any) -> None:
     if not isinstance(name, str) or name not in FORMATS:
+        if name in ("fp32", "float32", "f32"):
+            raise InfoptError(
+                f"quantize(format={name!r}) is what weights are without it.",
+                why="the table infopt.formats.FORMATS has rows of fewer bits.",
+                fix="leave quantize out; for some weights, a mapping: where={'*.mlp.*': None, 'layers.*': 8}",
+            )
         raise InfoptError(
             f"quantize(format={name!r}) is not a format.",
             why="the table infopt.formats.FORMATS has no such row.",

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,6 +20,7 @@ import infopt as ip
 from infopt import evaluate
 from infopt.ablation import MORE, STANDARD, run
 from infopt.errors import CheckpointError, EvaluationError, InfoptError, TransformOrderError
+from infopt.io import disk
 
 MODEL = ip.models.llama(layers=2, dim=32, heads=2, kv_heads=2, head_dim=16, mlp=32, vocab=61, context=64)
 PARAMS = MODEL.init(jax.random.key(0))
@@ -132,6 +136,44 @@ def test_a_run_that_is_killed_goes_on_and_ends_with_the_same_file(
     assert str(table) == str(whole)
     assert (tmp_path / "part" / "rows.jsonl").read_bytes() == (tmp_path / "whole" / "rows.jsonl").read_bytes()
     assert sorted(p.name for p in (tmp_path / "part").iterdir()) == ["rows.jsonl"]
+
+
+SCRIPT = """
+import sys, jax, infopt as ip
+model = ip.models.llama(layers=2, dim=32, heads=2, kv_heads=2, head_dim=16, mlp=32, vocab=61, context=64)
+stacks = {"int8": "quantize(bits=8)", "int4": "quantize(bits=4, group=16)", "kv": "cache_kv(bits=8)"}
+text = [n * n % 61 for n in range(1500)]
+ip.ablate(model, model.init(jax.random.key(0)), stacks, text=text, metrics=["ppl", "kl"], length=32, out=sys.argv[1])
+"""
+
+
+def test_a_process_that_is_killed_at_work_leaves_whole_rows_and_no_lock(tmp_path: Path) -> None:
+    """By SIGKILL, which nothing can catch, as soon as there is a row."""
+    whole, part = tmp_path / "whole" / "rows.jsonl", tmp_path / "part" / "rows.jsonl"
+    command = [sys.executable, "-c", SCRIPT]
+    subprocess.run([*command, str(whole.parent)], check=True)
+    with subprocess.Popen([*command, str(part.parent)]) as process:
+        while process.poll() is None and not (part.exists() and part.read_bytes()):
+            time.sleep(0.005)
+        process.kill()
+    lines = part.read_bytes().splitlines(keepends=True)
+    assert 1 <= len(lines) < 4, "it was killed too late to show anything"
+    assert whole.read_bytes().startswith(b"".join(lines))
+    (part.parent / ".rows.jsonl.4711").write_text("half a r")  # as of one that was killed while it wrote
+    subprocess.run([*command, str(part.parent)], check=True)
+    assert part.read_bytes() == whole.read_bytes()
+    assert [path.name for path in part.parent.iterdir()] == ["rows.jsonl"]
+
+
+def test_two_at_once_in_one_folder_are_refused(tmp_path: Path, measured: list[str]) -> None:
+    with disk.held(tmp_path) as alone:
+        assert alone
+        with pytest.raises(EvaluationError, match="another process is measuring into") as caught:
+            ablate({}, out=tmp_path)
+    assert caught.value.fix == "wait for it, or another folder"
+    assert measured == []
+    ablate({}, out=tmp_path)
+    assert measured == ["fp32"]
 
 
 def test_another_text_or_more_metrics_are_measured_anew_and_kept_beside(tmp_path: Path, measured: list[str]) -> None:
@@ -277,7 +319,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(
     tmp_path: Path, measured: list[str]
 ) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match=r"rows\.jsonl cannot be written"):
+    with pytest.raises(CheckpointError, match="rows cannot be written"):
         ablate({}, out=tmp_path / "file" / "rows")
     with pytest.raises(CheckpointError, match="cannot be written"):
         ablate({}, out="/proc/rows")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -145,12 +144,14 @@ def test_the_command_keeps_rows_and_prints_json(tmp_path: Path, capsys: pytest.C
         (["--text", "/nowhere"], "/nowhere cannot be read"),
         (["--tradeoffs", "--stack", "cache_kv()"], "--tradeoffs was given stacks or metrics"),
         (["--stack", "a=cache_kv()", "--stack", "a=cache_kv(bits=8)"], "two stacks are named 'a'"),
-        (["--study", "s.toml"], "--study was given --text too"),
+        (["--study", "s.toml", "--text", __file__], "--study was given --text too"),
+        (["tiny", "--study", "s.toml", "--picture", "a.png"], "--study was given tiny, --picture too"),
+        (["--study", "s.toml"], "--study was given no folder"),
+        (["--out", "report", "--picture", "a.png"], "--picture was given beside --out"),
     ],
 )
 def test_a_mistake_costs_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    given: list[Any] = ["--text", __file__] if "--study" in arguments else []
-    assert cli.main(["ablate", *arguments, *given]) == 2
+    assert cli.main(["ablate", *arguments]) == 2
     out, err = capsys.readouterr()
     assert out == "" and len(err.splitlines()) == 1
     assert message in err

@@ -145,6 +145,16 @@ def test_a_group_that_does_not_divide_names_the_weight_and_those_that_do() -> No
     assert "2, 4, 8, 16, 32" in e.value.fix
 
 
+def test_float32_is_no_format_and_the_way_to_leave_weights_so_is_said() -> None:
+    for name in ("fp32", "float32"):
+        with pytest.raises(InfoptError, match="is what weights are without it") as e:
+            ip.quantize(format=name)
+        assert "where={'*.mlp.*': None, 'layers.*': 8}" in e.value.fix
+    kept = ip.quantize(where={"*.mlp.*": None, "layers.*": 8})(BARE).spec
+    assert kept.format_of("layers.0.mlp.up") is None
+    assert kept.format_of("layers.0.attn.q") is not None
+
+
 @pytest.mark.parametrize("bits", [0, 5, 16, "8", 4.5, True, [8]])
 def test_bits_that_are_no_format_are_refused(bits: object) -> None:
     with pytest.raises(InfoptError, match="is not a format") as e:
