@@ -115,8 +115,10 @@ _HANDFUL = 8
 TOLERANCE = 1e-4
 """Of the standard deviation of the oracle's logits."""
 ROUNDED, ROUNDED_4 = 3e-2, 0.5
-"""The same where keys and values are rounded and one lay on the edge: such a stack is tried on up to three texts, must
-stay within this on each (within the second where they have 4 bits), and within TOLERANCE on one."""
+TRIES = 8
+"""Where keys and values are rounded, and a value or a scale lay on the edge, it may round the other way. Such a stack
+is tried on so many texts at most, must stay within ROUNDED on each (ROUNDED_4 with 4 bits), and within TOLERANCE on
+one."""
 
 _CHUNK, _MAX_LEN, _LENGTHS = 5, 40, (26, 19, 11)
 
@@ -171,7 +173,7 @@ def verify(model: Model, params: Params, *, generation: bool = True) -> float:
       Mismatch: a difference beyond the tolerance, or a token that the oracle would not draw.
     """
     worst = np.inf
-    for text in range(3 if model.spec.kv else 1):
+    for text in range(TRIES if model.spec.kv else 1):
         worst = _verify_text(model, params, generation or model.spec.program is not None, text)
         if worst <= TOLERANCE:
             return worst
@@ -645,7 +647,7 @@ def markdown(results: dict[tuple[str, int], list[Outcome]]) -> str:
         f"stacks. Logits agree within {TOLERANCE:g} of their standard deviation, for ragged rows, in chunks, after",
         "rollbacks; tokens drawn by every speculative stack and a third of the others are checked one by one (logits",
         "alone in families of which a handful of pairs is tried). With",
-        "rounded keys and values a value on the edge may round the other way: such a stack is tried on up to three",
+        f"rounded keys and values a value on the edge may round the other way: such a stack is tried on up to {TRIES}",
         f"texts, and must agree within {ROUNDED:g} on each ({ROUNDED_4:g} with 4 bits) and {TOLERANCE:g} on one.",
         "Orders that give equal Specs and params run once. "
         + (
