@@ -88,7 +88,7 @@ def test_the_tradeoffs_are_each_technique_alone() -> None:
     table = found.table
     assert table["no cache"].state_bytes == 0
     assert cells["KV cache"]["decoding speed"] == f"{1 / table['no cache'].faster:.2f}x"
-    assert cells["8-bit KV"]["keys and values"].endswith(f"({20 / 64:.2f}x)")
+    assert cells["8-bit KV"]["keys and values"].endswith(f"({18 / 64:.2f}x)")
     assert cells["fewer KV heads"]["keys and values"].endswith("(0.50x)")
     for exact in ("paged KV", "speculative"):
         assert table[exact].scores.kl.value < 1e-6
