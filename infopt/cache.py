@@ -22,7 +22,7 @@ import numpy as np
 from infopt.errors import InfoptError
 from infopt.qtensor import Format, dequantize_array, is_qtensor, quantize_array
 from infopt.spec import Window
-from infopt.typing import Array, Bool, Int, is_traced
+from infopt.typing import Array, Bool, Float, Int, is_traced
 
 _NOWHERE = np.int32(2**30)  # a slot that no cache has: a write to it is dropped (a negative index would wrap)
 
@@ -183,11 +183,14 @@ def rollback(state: State, n: int | np.ndarray | Array) -> State:
 
 
 def empty(layout: Layout, repeats: int, batch: int, heads: int, width: int, codec: Format | None, dtype: Any) -> Any:
-    """An empty cache of `repeats` layers: keys or values, `[R, B, S, K, D]`, paged `[R, B * pages * page, K, D]`."""
+    """An empty cache of `repeats` layers: keys or values, `[R, B, S, K * D]`, paged `[R, B * pages * page, K * D]`.
+
+    The heads of a slot lie side by side, so that what a kernel reads is a matrix, whatever the number of heads.
+    """
     place = (batch, layout.slots) if layout.page is None else (batch * layout.pages * layout.page,)
     zeros = jnp.zeros((*place, heads, width), dtype)
     # abstract evaluation gives the codec's leaves without encoding a cacheful of zeros
-    leaves = zeros if codec is None else jax.eval_shape(lambda x: quantize_array(x, codec), zeros)
+    leaves = jax.eval_shape(lambda x: encode(x, codec), zeros)
     return jax.tree.map(lambda leaf: jnp.zeros((repeats, *leaf.shape), leaf.dtype), leaves)
 
 
@@ -208,19 +211,28 @@ def write(
     return jax.tree.map(lambda c, x: c.at[layer, place].set(x.astype(c.dtype), mode="drop"), cache, new)
 
 
-def read(cache: Any, layer: Any, layout: Layout, table: Any) -> Any:
-    """The layer's slots in order, `[B, S, ...]`, still encoded."""
+def read(cache: Any, layer: Any, layout: Layout, table: Any, slots: int | None = None) -> Any:
+    """The layer's first `slots` slots in order, all by default, `[B, S, ...]`, still encoded."""
+    n = layout.slots if slots is None else slots
     if layout.page is None:
-        return jax.tree.map(lambda c: jax.lax.dynamic_index_in_dim(c, layer, 0, keepdims=False), cache)
+
+        def slice_(c: Array) -> Array:
+            start = (layer, *(jnp.zeros((), jnp.int32) for _ in c.shape[1:]))
+            return jax.lax.dynamic_slice(c, start, (1, c.shape[1], n, *c.shape[3:]))[0]
+
+        return jax.tree.map(slice_, cache)
     batch = table.shape[0]
-    slot = jnp.broadcast_to(jnp.arange(layout.slots, dtype=jnp.int32)[None], (batch, layout.slots))
-    place = layout.place(slot, table)
+    place = layout.place(jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32)[None], (batch, n)), table)
     return jax.tree.map(lambda c: c.at[layer, place].get(mode="fill", fill_value=0), cache)
 
 
-def encode(x: Array, codec: Format | None) -> Any:
-    return x if codec is None else quantize_array(x, codec)
+def encode(x: Float[Array, "*B K D"], codec: Format | None) -> Any:
+    """Keys or values as they are stored, their heads side by side; each head is rounded by itself."""
+    stored = x if codec is None else quantize_array(x, codec)
+    return jax.tree.map(lambda leaf: leaf.reshape(*x.shape[:-2], -1), stored)
 
 
-def decode(x: Any, dtype: Any) -> Array:
-    return dequantize_array(x, dtype) if is_qtensor(x) else x
+def decode(x: Any, heads: int, dtype: Any) -> Float[Array, "*B K D"]:
+    """What `encode` was given, as it reads."""
+    apart = jax.tree.map(lambda leaf: leaf.reshape(*leaf.shape[:-1], heads, -1), x)
+    return dequantize_array(apart, dtype) if is_qtensor(apart) else apart.astype(dtype)

@@ -8,20 +8,32 @@ from infopt.spec import Window
 from infopt.typing import Array, Bool, Int
 
 
-def allowed(query: Int[Array, "B T"], key: Int[Array, "B S"], window: Window | None) -> Bool[Array, "B T S"]:
-    """Whether each query position sees each key position.
+def seen(
+    query: Int[Array, "..."], key: Int[Array, "..."], size: int | None, sinks: int = 0, causal: bool = True
+) -> Bool[Array, "..."]:
+    """Whether each query position sees each key position; the two broadcast, inside kernels too.
 
         key >= 0  and  key <= query  and  (key > query - size  or  key < sinks)
 
     Args:
       query, key: absolute positions; a key position of -1 is an empty slot, seen by nobody.
-      window: the layer's window, or None.
+      size: positions that a query sees, itself included; None: all.
+      sinks: first positions that every query sees.
+      causal: whether a query sees no later position.
     """
-    q, k = query[:, :, None], key[:, None, :]
-    seen = (k >= 0) & (k <= q)
-    if window is not None:
-        seen &= (k > q - window.size) | (k < window.sinks)
-    return seen
+    allowed = key >= 0
+    if causal:
+        allowed &= key <= query
+    if size is not None:
+        inside = key > query - size
+        allowed &= (inside | (key < sinks)) if sinks else inside
+    return allowed
+
+
+def allowed(query: Int[Array, "B T"], key: Int[Array, "B S"], window: Window | None) -> Bool[Array, "B T S"]:
+    """Whether each query sees each key of its row, under a layer's window."""
+    size, sinks = (None, 0) if window is None else (window.size, window.sinks)
+    return seen(query[:, :, None], key[:, None, :], size, sinks)
 
 
 def sink_query_position(query: Int[Array, "B T"], window: Window) -> Int[Array, "B T"]:

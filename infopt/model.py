@@ -42,6 +42,7 @@ class Attend(Protocol):
         rope: Callable[[Array, Array], Array],
         scale: float,
         softcap: float | None = None,
+        sink_logits: Array | None = None,
     ) -> tuple[Array, Any]: ...
 
 
@@ -671,11 +672,11 @@ def _build_plain(spec: Spec) -> Functions:
         history = state.tokens.at[rows, jnp.where(keep, positions, 2**30)].set(tokens, mode="drop")
         lengths = jnp.minimum(state.lengths + jnp.clip(count, 0, length), state.max_len)
         if spec.cache:
-            context = ops.Context(positions, keep, lengths, None, spec.kv)
+            context = ops.Context(positions, keep, lengths, None, spec.kv, attention=spec.attention)
             x, caches = run(params, tokens, context, state)
         else:
             every = jnp.broadcast_to(jnp.arange(state.max_len, dtype=jnp.int32)[None], history.shape)
-            context = ops.Context(every, every < lengths[:, None], lengths, None, spec.kv)
+            context = ops.Context(every, every < lengths[:, None], lengths, None, spec.kv, attention=spec.attention)
             x, caches = run(params, history, context, None)
             x = jnp.take_along_axis(x, jnp.minimum(positions, state.max_len - 1)[..., None], axis=1)
         return x, state.replace(lengths=lengths, peak=jnp.maximum(state.peak, lengths), tokens=history, kv=caches)

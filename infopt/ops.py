@@ -14,7 +14,9 @@ import jaxlib.version
 import numpy as np
 
 from infopt import cache as kv
-from infopt.masks import allowed, sink_query_position
+from infopt.kernels.decode_attention import decode_attention
+from infopt.kernels.flash_attention import flash_attention
+from infopt.masks import sink_query_position
 from infopt.qtensor import Format, dequantize_array, is_qtensor, no_gradient, planes, round_trip, split_planes, take
 from infopt.spec import LinearRope, Llama3Rope, RopeScaling, TableRope, Window, YarnRope
 from infopt.typing import Array, Float, Int
@@ -184,6 +186,18 @@ def rope(
     return turned if width == x.shape[-1] else jnp.concatenate([turned, rest], -1)
 
 
+FLASH = "flash"
+"""A Spec's attention where the platform and the shape choose the implementation."""
+CACHED: dict[str, str | None] = {
+    "reference": "xla",
+    "blockwise": "xla",
+    "pallas_tpu": "pallas_tpu",
+    "pallas_gpu": "xla",
+    FLASH: None,
+}
+"""For a Spec's attention, what reads a cache."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Context:
     """What is already bound when a family calls `attend`.
@@ -196,6 +210,7 @@ class Context:
       codec: of keys and values; None keeps them as they are.
       layout: of the layer's cache; None where there is no cache.
       table: `[B, pages]`, where the layout is paged.
+      attention: which implementation computes it: a key of `CACHED`.
     """
 
     positions: Any
@@ -205,6 +220,7 @@ class Context:
     codec: Format | None
     layout: kv.Layout | None = None
     table: Any = None
+    attention: str = "reference"
 
 
 def attend(
@@ -217,6 +233,7 @@ def attend(
     rope: Rope,
     scale: float,
     softcap: float | None = None,
+    sink_logits: Float[Array, " H"] | None = None,
     context: Context,
 ) -> tuple[Array, Any]:
     """Causal attention of the tokens given over all that the row has seen; keys and values are stored on the way.
@@ -232,6 +249,7 @@ def attend(
       rope: rotates queries and keys to positions.
       scale: multiplies scores.
       softcap: scores become softcap * tanh(score / softcap).
+      sink_logits: one more score a head that has no value, as gpt-oss learns it.
       context: bound by `build`.
 
     Returns:
@@ -239,31 +257,28 @@ def attend(
     """
     c = context
     k = rope(k, c.positions)
+    window, sunk = c.window, None
+    if window is not None and window.sinks:
+        sunk = rope(q, sink_query_position(c.positions, window))
+    q = rope(q, c.positions)
     if c.layout is None:
         k, v = round_trip(k, c.codec), round_trip(v, c.codec)
-        key_positions = jnp.where(c.keep, c.positions, -1)
-    else:
-        cache = tuple(
-            kv.write(old, kv.encode(new, c.codec), layer, c.layout, c.table, c.positions, c.keep)
-            for old, new in zip(cache, (k, v), strict=True)
-        )
-        k, v = (kv.decode(kv.read(x, layer, c.layout, c.table), q.dtype).astype(q.dtype) for x in cache)
-        key_positions = c.layout.positions(c.lengths)
-
-    def scores(query: Array, keys: Array) -> Array:
-        grouped = query.reshape(*query.shape[:2], keys.shape[2], -1, query.shape[-1])
-        return jnp.einsum("btkgd,bskd->bkgts", grouped, keys, preferred_element_type=jnp.float32)
-
-    s = scores(rope(q, c.positions), k)
-    if c.window is not None and c.window.sinks:
-        n = min(c.window.sinks, k.shape[1])  # slots 0..n-1 hold positions 0..n-1 in every layout
-        s = s.at[..., :n].set(scores(rope(q, sink_query_position(c.positions, c.window)), k[:, :n]))
-    s = s * scale
-    if softcap is not None:
-        s = jnp.tanh(s / softcap) * softcap
-    seen = allowed(c.positions, key_positions, c.window)[:, None, None]
-    p = jax.nn.softmax(jnp.where(seen, s, -1e30), -1).astype(v.dtype)
-    return jnp.einsum("bkgts,bskd->btkgd", p, v).reshape(q.shape), cache
+        out = flash_attention(
+            q, k, v, window=window.size if window else None, sinks=window.sinks if window else 0, sink_queries=sunk,
+            positions=(c.positions, jnp.where(c.keep, c.positions, -1)), scale=scale, softcap=softcap,
+            sink_logits=sink_logits, implementation=None if c.attention == FLASH else c.attention,
+        )  # fmt: skip
+        return out, cache
+    keys, values = (
+        kv.write(old, kv.encode(new, c.codec), layer, c.layout, c.table, c.positions, c.keep)
+        for old, new in zip(cache, (k, v), strict=True)
+    )
+    out = decode_attention(
+        q, keys, values, jnp.asarray(layer, jnp.int32), layout=c.layout, heads=k.shape[2], positions=c.positions,
+        lengths=c.lengths, table=c.table, scale=scale, softcap=softcap, sink_queries=sunk, sink_logits=sink_logits,
+        implementation=CACHED[c.attention],
+    )  # fmt: skip
+    return out, (keys, values)
 
 
 def random_weights(key: Array, shapes: dict[str, tuple[int, ...]], norm: float = 1.0) -> dict[str, Array]:

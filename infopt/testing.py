@@ -45,6 +45,7 @@ from infopt.transforms import (
     Transform,
     cache_kv,
     dequantize,
+    flash_attention,
     gqa,
     paged,
     parse_stack,
@@ -79,9 +80,10 @@ PACKINGS: tuple[Transform, ...] = (
     quantize(bits=3, group=16),
     quantize(bits=2, group=16),
     cache_kv(bits=4),
+    flash_attention("blockwise"),
 )
-"""One of each other packing: floats, minima, zero points, scales of scales, words of three bytes, four to a byte.
-Stacked in full pairs with the examples over the first family."""
+"""One of each other packing: floats, minima, zero points, scales of scales, words of three bytes, four to a byte; and
+attention by block. Stacked in full pairs with the examples over the first family."""
 
 _SIZES = dict(layers=3, dim=32, heads=4, kv_heads=2, head_dim=16, mlp=48, vocab=61, context=64, tied=False)
 _YARN = YarnRope(factor=4.0, original_context=16, beta_fast=2.0, attention_factor=1.1)

@@ -23,6 +23,7 @@ ROOMS: list[tuple[str, ...]] = [
     ("masks",),
     ("cache",),
     ("sampling",),
+    ("kernels",),
     ("ops",),
     ("model",),
     ("models",),

@@ -3,6 +3,7 @@
 from infopt.transforms.base import Transform, compose
 from infopt.transforms.cache_kv import cache_kv
 from infopt.transforms.dequantize import dequantize
+from infopt.transforms.flash_attention import flash_attention
 from infopt.transforms.gqa import gqa
 from infopt.transforms.paged import paged
 from infopt.transforms.parse import parse_stack, stack_option
@@ -15,6 +16,7 @@ __all__ = [
     "cache_kv",
     "compose",
     "dequantize",
+    "flash_attention",
     "gqa",
     "paged",
     "parse_stack",

@@ -12,6 +12,7 @@ from infopt.model import Model
 from infopt.transforms.base import Transform, compose
 from infopt.transforms.cache_kv import cache_kv
 from infopt.transforms.dequantize import dequantize
+from infopt.transforms.flash_attention import flash_attention
 from infopt.transforms.gqa import gqa
 from infopt.transforms.paged import paged
 from infopt.transforms.quantize import quantize
@@ -19,7 +20,7 @@ from infopt.transforms.sliding_window import sliding_window
 from infopt.transforms.speculative import self_draft, speculative
 
 FACTORIES: dict[str, Callable[..., Any]] = {
-    f.__name__: f for f in (quantize, dequantize, cache_kv, gqa, sliding_window, paged, speculative, self_draft)
+    f.__name__: f for f in (quantize, dequantize, cache_kv, flash_attention, gqa, sliding_window, paged, speculative, self_draft)
 }
 """What a stack's text may name. A transform joins by one line here."""
 

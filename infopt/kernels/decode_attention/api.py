@@ -1,0 +1,148 @@
+"""`decode_attention`: one signature for all implementations, and what each can serve."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from infopt.cache import Layout
+from infopt.errors import InfoptError, nearest
+from infopt.kernels.decode_attention import pallas_tpu, xla
+from infopt.kernels.decode_attention.call import Call
+from infopt.kernels.flash_attention.api import EVERYWHERE, with_sink_logits
+from infopt.kernels.flash_attention.options import Options
+from infopt.kernels.platforms import only_on
+from infopt.typing import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+    """One row of the table.
+
+    Args:
+      forward: `(call) -> (out, lse)`.
+      platforms: where it runs compiled.
+      refuses: why it cannot serve a call, or "".
+    """
+
+    forward: Callable[..., tuple[Array, Array]]
+    platforms: tuple[str, ...]
+    refuses: Callable[[Call], str] = lambda call: ""
+
+
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    "xla": Implementation(xla.forward, EVERYWHERE),
+    "pallas_tpu": Implementation(pallas_tpu.forward, ("tpu",), pallas_tpu.refuses),
+}
+"""By name. An implementation joins by its file and a line here."""
+
+
+def decode_attention(
+    q: Array,
+    keys: Any,
+    values: Any,
+    layer: Any,
+    *,
+    layout: Layout,
+    heads: int,
+    positions: Array,
+    lengths: Array,
+    table: Array | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sink_queries: Array | None = None,
+    sink_logits: Array | None = None,
+    return_lse: bool = False,
+    implementation: str | None = None,
+    interpret: bool = False,
+) -> Any:
+    """Causal attention of new tokens over the cache that holds them already (Dao et al. 2023, "Flash-Decoding").
+
+    The layout says who sees whom: its window and sinks, and which position each slot holds. With a block table it is
+    PagedAttention (Kwon et al. 2023).
+
+    Args:
+      q: queries `[B, T, H, D]`: one token, k + 1 under speculation, or a chunk of a prompt.
+      keys, values: whole stacks `[R, B, S, K * D]`, in pages `[R, pool of slots, K * D]`; arrays, or QTensors whose
+        leaves have that form: they are dequantised where they are used.
+      layer: which of the R layers.
+      layout: of the cache (`infopt.cache.Layout`).
+      heads: K, which divides H.
+      positions: `[B, T]` of the queries.
+      lengths: `[B]` tokens that each row holds, the new ones included; a row of 0 gives zeros.
+      table: `[B, pages]`, where the layout has pages.
+      scale: multiplies scores; 1 / sqrt(D) by default.
+      softcap: scores become softcap * tanh(score / softcap).
+      sink_queries: `[B, T, H, D]`, the queries as they look at the window's sinks; q by default.
+      sink_logits: `[H]`: one more score a head that has no value.
+      return_lse: whether to return the log-sum-exp `[B, T, H]` too (without the sink logits).
+      implementation: a name in `IMPLEMENTATIONS`; None takes what suits the platform and the shape.
+      interpret: run a Pallas TPU kernel in Pallas' interpreter, on any platform.
+
+    Returns:
+      `[B, T, H, D]` in the dtype of q; with `return_lse` a pair.
+
+    Raises:
+      InfoptError: a table without pages or pages without a table, heads that do not divide, an implementation that is
+        not there, or that cannot serve this platform or call (it names one that can).
+    """
+    if q.shape[2] % heads:
+        raise InfoptError(
+            f"decode_attention: {heads} key/value heads do not divide {q.shape[2]} query heads.",
+            why="each serves an equal share of them.",
+            fix="a number of key/value heads that divides",
+        )
+    if (table is None) != (layout.page is None):
+        raise InfoptError(
+            f"decode_attention: pages of {layout.page}, and {'no ' if table is None else 'a '}table.",
+            why="a block table says where pages lie.",
+            fix="both, or none",
+        )
+    window, width = layout.window, q.shape[-1]
+    o = Options(
+        scale=float(width**-0.5 if scale is None else scale),
+        window=window.size if window else None,
+        sinks=window.sinks if window else 0,
+        softcap=None if softcap is None else float(softcap),
+    )
+    sink_q = None if not o.sinks else q if sink_queries is None else sink_queries
+    call = Call(q, sink_q, keys, values, layer, positions, lengths, table, layout, o, heads)
+    out, lse = _run(call, implementation, interpret)
+    plain = lse
+    if sink_logits is not None:
+        out = with_sink_logits(out, lse, sink_logits)
+    return (out, plain) if return_lse else out
+
+
+def _run(call: Call, name: str | None, interpret: bool) -> tuple[Array, Array]:
+    if name is None:
+        if pallas_tpu.refuses(call):
+            return xla.forward(call)
+        return jax.lax.platform_dependent(call, tpu=pallas_tpu.forward, default=xla.forward)
+    if name not in IMPLEMENTATIONS:
+        raise InfoptError(
+            f"no implementation of decode attention is called {name!r}.",
+            why=nearest(name, list(IMPLEMENTATIONS)),
+            fix="one of " + ", ".join(IMPLEMENTATIONS),
+        )
+    chosen = IMPLEMENTATIONS[name]
+    if refused := chosen.refuses(call):
+        raise InfoptError(
+            f"{name} cannot serve queries {tuple(call.q.shape)} of {call.layout}: {refused}",
+            why="its blocks are laid out for that hardware.",
+            fix="implementation='xla', which serves every call",
+        )
+    if chosen.platforms == EVERYWHERE:
+        return chosen.forward(call)
+    if interpret:
+        return chosen.forward(call, interpret=True)
+    return only_on(
+        chosen.platforms,
+        chosen.forward,
+        (call,),
+        f"{name} was asked for",
+        "implementation='xla', or None for what suits the platform",
+    )
