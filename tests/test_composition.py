@@ -7,6 +7,8 @@ import pytest
 from infopt import testing
 from infopt.errors import InfoptError
 
+pytestmark = pytest.mark.usefixtures("small_blocks")
+
 PAIRS, TRIPLES = 12, 6  # stacks sampled here for each family; all of them run in `infopt matrix --check`
 
 
