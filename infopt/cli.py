@@ -75,6 +75,7 @@ BENCH_EXAMPLES = """\
 examples:
   infopt bench generate
   infopt bench generate --model ./model.gguf --repeats 9
+  infopt bench attention
 """
 
 
@@ -341,9 +342,13 @@ def _add_ablate(commands: Any) -> None:
 def _add_bench(commands: Any) -> None:
     parser = _command(commands, "bench", "measure speed, interleaved, and print medians", BENCH_EXAMPLES)
     parser.set_defaults(command=_bench)
-    parser.add_argument("what", choices=["generate"], help="generate: prefill and decode, against a yardstick")
     parser.add_argument(
-        "--model", default="smollm2-135m", metavar="MODEL", help="as for generate (default: %(default)s)"
+        "what",
+        choices=["generate", "attention"],
+        help="generate: prefill and decode, against a yardstick; attention: its implementations, time and memory",
+    )
+    parser.add_argument(
+        "--model", default="smollm2-135m", metavar="MODEL", help="of generate, as for it (default: %(default)s)"
     )
     parser.add_argument(
         "--repeats", type=_count, default=5, metavar="N", help="a median is over N runs (default: %(default)s)"
@@ -516,9 +521,9 @@ def _ablate(args: argparse.Namespace) -> int:
 
 def _bench(args: argparse.Namespace) -> int:
     _prepare_jax(keep=False)  # compile seconds are of a first compilation
-    from infopt import bench
+    from infopt.bench import attention, generation
 
-    return bench.main(args)
+    return {"generate": generation, "attention": attention}[args.what].main(args)
 
 
 if __name__ == "__main__":
