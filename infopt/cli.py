@@ -291,8 +291,7 @@ def _add_matrix(commands: Any) -> None:
         "--depth",
         type=int,
         choices=[1, 2, 3],
-        default=2,
-        help="1: each alone, and a handful of pairs; 3: triples too (default: %(default)s)",
+        help="1: each alone, and a handful of pairs; 3: triples too (default: 2, of --check and --write all)",
     )
     parser.add_argument("--processes", type=_count, default=1, metavar="N", help="share the work out (default 1)")
     group = parser.add_mutually_exclusive_group()
