@@ -1,7 +1,7 @@
 """Flash attention for NVIDIA GPUs: a Pallas kernel by way of Triton (Dao 2023, "FlashAttention-2", algorithm 1).
 
-Mosaic GPU, which JAX >= 0.11 would rather have (it deprecates Triton), has no matrix product that two generations share:
-Hopper's only, in 16 bits, or Blackwell's. One Triton kernel serves Ampere and all since, in float32 too.
+Mosaic GPU, which JAX >= 0.11 would rather have (it deprecates Triton), has no matrix product that Hopper and Blackwell
+share, and none in plain float32. By way of Triton one kernel serves Ampere and all since.
 
 The grid goes over rows of the batch, key/value heads and blocks of rows, a row being a pair of a query and one of the
 heads that share its keys: no key is repeated. A program walks over the blocks of keys between the first and the last
@@ -36,7 +36,8 @@ LEAST = 16
 WIDEST = 256
 """Channels of a head: more do not fit in the registers of a block's output."""
 SHARED = 2**15
-"""Bytes that a block of keys and its values may take: with two in flight it fits the 99 KiB of the smallest card."""
+"""Bytes that a block of rows, and one of keys with its values, may take: with two of these in flight a program fits the
+99 KiB of the cards that have least."""
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -84,10 +85,13 @@ class Blocks:
     def plan(
         rows: int, slots: int, widths: tuple[int, int], itemsize: int, sinks: int, most: tuple[int, int]
     ) -> Blocks:
-        keys = power(min(slots, most[1]))
-        while keys > LEAST and keys * sum(power(w) for w in widths) * itemsize > SHARED:
+        wide = [power(w) * itemsize for w in widths]
+        rows, keys = power(min(rows, most[0])), power(min(slots, most[1]))
+        while rows > LEAST and rows * max(wide) > SHARED:
+            rows //= 2
+        while keys > LEAST and keys * sum(wide) > SHARED:
             keys //= 2
-        return Blocks(power(min(rows, most[0])), keys, min(sinks, slots))
+        return Blocks(rows, keys, min(sinks, slots))
 
     @property
     def sunk(self) -> int:
@@ -268,19 +272,19 @@ def forward(
     wide, high, columns = power(width), power(out_width), p.key.shape[1]
 
     def of_block(*block: int) -> Any:
-        return pl.BlockSpec((None, None, *block), lambda i, h, n: (i, h, n, *(0 for _ in block[1:])))
+        return pl.BlockSpec((None, None, *block), lambda n, h, i: (i, h, n, *(0 for _ in block[1:])))
 
     def of_head(channels: int) -> Any:
-        return pl.BlockSpec((None, columns, None, channels), lambda i, h, n: (i, 0, h, 0))
+        return pl.BlockSpec((None, columns, None, channels), lambda n, h, i: (i, 0, h, 0))
 
     def optional(x: Any, spec: Any) -> Any:
         return None if x is None else spec
 
     row, column = (
-        pl.BlockSpec((None, b.rows), lambda i, h, n: (i, n)),
-        pl.BlockSpec((None, columns), lambda i, h, n: (i, 0)),
+        pl.BlockSpec((None, b.rows), lambda n, h, i: (i, n)),
+        pl.BlockSpec((None, columns), lambda n, h, i: (i, 0)),
     )
-    number = pl.BlockSpec((None, None), lambda i, h, n: (i, n))
+    number = pl.BlockSpec((None, None), lambda n, h, i: (i, n))
     specs = Places(row, column, optional(p.query_segment, row), optional(p.key_segment, column))
     out, lse = pl.pallas_call(
         functools.partial(_kernel, o=o, b=b, sizes=sizes),
@@ -288,7 +292,7 @@ def forward(
             jax.ShapeDtypeStruct((*q.shape[:3], out_width), q.dtype),
             jax.ShapeDtypeStruct(q.shape[:3], jnp.float32),
         ),
-        grid=(batch, heads, q.shape[2] // b.rows),
+        grid=(q.shape[2] // b.rows, heads, batch),  # neighbours in time share their keys
         in_specs=(
             of_block(b.rows, wide), optional(sink_q, of_block(b.rows, wide)), of_head(wide), of_head(high), specs,
             number, number,
