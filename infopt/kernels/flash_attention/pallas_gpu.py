@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +26,7 @@ from infopt.masks import seen
 from infopt.typing import Array
 
 try:
-    from jax.experimental.pallas import triton
+    triton: Any = importlib.import_module("jax.experimental.pallas.triton")
 except ImportError:  # JAX has announced that it will drop it
     triton = None
 
