@@ -174,6 +174,7 @@ def _kernel(
 
     each, split = pl.cdiv(last[...] - first[...], splits), pl.program_id(0)
     start = first[...] + split * each
+    # not `where` of two numbers, of which JAX makes a loop with bounds of unlike types
     sinks = (split == 0).astype(jnp.int32) * pl.cdiv(b.sinks, b.sunk) if b.sinks else None
     end = jnp.minimum(start + each, last[...])
     found, sums = walk(whole(q), whole(sink_q), query[:], None, read, start, end, sinks, out.shape[-1], o, b)
