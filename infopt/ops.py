@@ -192,7 +192,7 @@ CACHED: dict[str, str | None] = {
     "reference": "xla",
     "blockwise": "xla",
     "pallas_tpu": "pallas_tpu",
-    "pallas_gpu": "xla",
+    "pallas_gpu": "pallas_gpu",
     FLASH: None,
 }
 """For a Spec's attention, what reads a cache."""
