@@ -78,6 +78,11 @@ def linear(x: Float[Array, "*B I"], weights: Any, layer: Any = None, bias: Any =
     return y.reshape(*x.shape[:-1], -1)
 
 
+def vector(stack: Any, layer: Any) -> Array:
+    """One layer of vectors `[L, ...]`; itself where `layer` is None."""
+    return _at(stack, layer)
+
+
 def embed(table: Any, tokens: Int[Array, "*B"]) -> Float[Array, "*B D"]:
     """Rows of a table `[V, D]`, dense or packed."""
     if not is_qtensor(table):
@@ -102,16 +107,19 @@ def layer_norm(x: Float[Array, "*B D"], weight: Any, bias: Any, layer: Any, eps:
     return (y * w + b).astype(x.dtype)
 
 
-def route(x: Float[Array, "*B D"], router: Any, layer: Any, k: int, normalise: bool) -> Float[Array, "*B E"]:
+def route(
+    x: Float[Array, "*B D"], router: Any, layer: Any, k: int, normalise: bool, bias: Any = None
+) -> Float[Array, "*B E"]:
     """The share of each expert in each token: a softmax over all, of which the k likeliest stay (Jiang et al. 2024).
 
     Args:
       x: `[..., D]`.
       router: `[E, D]`, or with `layer` stacks of it.
       k: experts a token.
-      normalise: whether the shares that stay are divided by their sum.
+      normalise: whether the shares that stay are divided by their sum: then they are a softmax over the k alone.
+      bias: added to the scores, `[E]`, or with `layer` stacks of it.
     """
-    shares = jax.nn.softmax(linear(x, router, layer).astype(jnp.float32), -1)
+    shares = jax.nn.softmax(linear(x, router, layer, bias).astype(jnp.float32), -1)
     top, chosen = jax.lax.top_k(shares, k)
     if normalise:
         top = top / jnp.sum(top, -1, keepdims=True)
@@ -217,6 +225,7 @@ def attend(
     rope: Rope,
     scale: float,
     softcap: float | None = None,
+    sink_logits: Float[Array, "H"] | None = None,
     context: Context,
 ) -> tuple[Array, Any]:
     """Causal attention of the tokens given over all that the row has seen; keys and values are stored on the way.
@@ -232,6 +241,8 @@ def attend(
       rope: rotates queries and keys to positions.
       scale: multiplies scores.
       softcap: scores become softcap * tanh(score / softcap).
+      sink_logits: one more score a head, neither scaled nor capped, that takes its share and has no value (OpenAI 2025,
+        "gpt-oss-120b & gpt-oss-20b Model Card", section 2.2). The sinks of a window are positions, and apart from it.
       context: bound by `build`.
 
     Returns:
@@ -262,8 +273,13 @@ def attend(
     if softcap is not None:
         s = jnp.tanh(s / softcap) * softcap
     seen = allowed(c.positions, key_positions, c.window)[:, None, None]
-    p = jax.nn.softmax(jnp.where(seen, s, -1e30), -1).astype(v.dtype)
-    return jnp.einsum("bkgts,bskd->btkgd", p, v).reshape(q.shape), cache
+    s = jnp.where(seen, s, -1e30)
+    p = jax.nn.softmax(s, -1)
+    if sink_logits is not None:  # exp(s) / (sum exp(s) + exp(sink)), by the log-sum-exp
+        sink = sink_logits.astype(jnp.float32).reshape(1, k.shape[2], -1, 1, 1)
+        kept = jax.nn.sigmoid(jax.nn.logsumexp(s, -1, keepdims=True) - jnp.broadcast_to(sink, (*s.shape[:-1], 1)))
+        p = p * jnp.broadcast_to(kept, p.shape)
+    return jnp.einsum("bkgts,bskd->btkgd", p.astype(v.dtype), v).reshape(q.shape), cache
 
 
 def random_weights(key: Array, shapes: dict[str, tuple[int, ...]], norm: float = 1.0) -> dict[str, Array]:
