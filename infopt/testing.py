@@ -90,6 +90,8 @@ attention by block. Stacked in full pairs with the examples over the first famil
 
 _SIZES = dict(layers=3, dim=32, heads=4, kv_heads=2, head_dim=16, mlp=48, vocab=61, context=64, tied=False)
 _YARN = YarnRope(factor=4.0, original_context=16, beta_fast=2.0, attention_factor=1.1)
+_YARN_APART: dict[str, Any] = dict(rope_theta=40.0, rope_scaling=dataclasses.replace(_YARN, truncate=False))
+"""By this base some pairs lie between the two bounds, so that rounding these would show."""
 
 
 def _flax() -> Model:
@@ -109,6 +111,7 @@ FAMILIES: dict[str, Callable[[], Model]] = {
     "gpt2": lambda: models.gpt2(**_SIZES | dict(kv_heads=4)),
     "mixtral": lambda: models.mixtral(**_SIZES, experts=4),
     "qwen3_moe": lambda: models.qwen3_moe(**_SIZES, experts=4, experts_used=3),
+    "gpt_oss": lambda: models.gpt_oss(**_SIZES, experts=4, window=7, swiglu_limit=0.8, **_YARN_APART),
     "nnx": _flax,
 }
 """Small models that the contract stacks them on. A family joins by one line."""
@@ -739,8 +742,8 @@ def product_markdown(found: Sequence[Outcome]) -> str:
         "|---|---|",
         *(f"| {axis} | {', '.join(choices)} |" for axis, choices in PRODUCT.items()),
         "",
-        f"{len(found)} stacks, {sum(o.status == 'equal' for o in found)} equal to their oracle; every pair of choices is",
-        f"tried in CI ({len(covering())} stacks). Run on sources of hash `{source_hash()}`",
+        f"{len(found)} stacks, {sum(o.status == 'equal' for o in found)} equal to their oracle; every pair of choices",
+        f"is tried in CI ({len(covering())} stacks). Run on sources of hash `{source_hash()}`",
         "(`infopt.testing.source_hash()` says that of the sources here).",
     ]
     failed = [o for o in found if o.status != "equal"]

@@ -22,7 +22,7 @@ import numpy as np
 import optax
 
 from infopt.errors import InfoptError, PromptError
-from infopt.model import Model, check_params
+from infopt.model import Model, check_params, is_matrix
 from infopt.typing import Array, Params
 
 
@@ -159,7 +159,9 @@ def loss_of(model: Model, params: Params, tokens: Array) -> Array:
 
 def _compile(model: Model, plan: Training, params: Params) -> tuple[Any, optax.GradientTransformation]:
     # Stacked over layers, a norm has two axes, as a matrix has outside them.
-    decayed = jax.tree_util.tree_map_with_path(lambda path, x: x.ndim > (2 if path[0].key == "segments" else 1), params)
+    decayed = jax.tree_util.tree_map_with_path(
+        lambda path, x: is_matrix(path[-1].key, x.shape[path[0].key == "segments" :]), params
+    )
     optimiser = optax.chain(
         optax.clip_by_global_norm(plan.clip),
         optax.adamw(plan.schedule(), b2=0.95, weight_decay=plan.decay, mask=decayed),
