@@ -260,7 +260,7 @@ def distillation_loss(student: Array, teacher: Array, temperature: float = 1.0) 
     >>> import jax.numpy as jnp
     >>> logits = jnp.log(jnp.array([[0.5, 0.25, 0.25]]))
     >>> [round(float(distillation_loss(jnp.zeros((1, 3)), logits, t)), 4) for t in (1.0, 2.0)]
-    [0.0589, 0.0561]
+    [0.0589, 0.0569]
     """
     p, q = (jax.nn.log_softmax(x.astype(jnp.float32) / temperature) for x in (jax.lax.stop_gradient(teacher), student))
     return temperature**2 * jnp.mean(jnp.sum(jnp.exp(p) * (p - q), -1))
