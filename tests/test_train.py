@@ -33,16 +33,20 @@ def same(a: Any, b: Any) -> bool:
 POOLED = ip.gqa(1)(MODEL)
 SMALL = POOLED.convert(START)
 TAUGHT = dataclasses.replace(PLAN, mix=0.5, temperature=2.0)
+RUNS: dict[str, dict[str, Any]] = {
+    "whole": dict(model=MODEL, params=START, tokens=TEXT, plan=PLAN, teacher=None),
+    "taught": dict(model=POOLED, params=SMALL, tokens=TEXT, plan=TAUGHT, teacher=(MODEL, START)),
+}
 
 
 @pytest.fixture(scope="module")
 def whole() -> tuple[Any, np.ndarray]:
-    return fit(MODEL, START, TEXT, PLAN)
+    return fit(**RUNS["whole"])
 
 
 @pytest.fixture(scope="module")
 def taught() -> tuple[Any, np.ndarray]:
-    return fit(POOLED, SMALL, TEXT, TAUGHT, teacher=(MODEL, START))
+    return fit(**RUNS["taught"])
 
 
 def test_the_loss_is_the_references() -> None:
@@ -67,9 +71,9 @@ def test_the_params_given_are_left_as_they_are(whole: Any) -> None:
     assert same(START, MODEL.init(jax.random.key(0))) and not same(START, whole[0])
 
 
-@pytest.mark.parametrize("stop", [1, 3, 5])
+@pytest.mark.parametrize(("stop", "run"), [(1, "whole"), (3, "taught"), (5, "whole")])
 def test_a_run_that_is_killed_goes_on_to_the_very_same_params(
-    stop: int, whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stop: int, run: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Killed(BaseException):
         pass
@@ -79,15 +83,19 @@ def test_a_run_that_is_killed_goes_on_to_the_very_same_params(
             raise Killed
         return batch_of(text, plan, step)
 
+    want, given = request.getfixturevalue(run), RUNS[run]
     with monkeypatch.context() as patch:
         patch.setattr(training, "batch_of", kill)
         with pytest.raises(Killed):
-            fit(MODEL, START, TEXT, PLAN, folder=tmp_path, every=2)
+            fit(**given, folder=tmp_path, every=2)
+    if given["teacher"]:
+        with pytest.raises(InfoptError, match="teacher differ"):
+            fit(**given | dict(teacher=(MODEL, jax.tree.map(lambda x: 2 * x, START))), folder=tmp_path, every=2)
     seen = []
     monkeypatch.setattr(training, "batch_of", lambda *args: (seen.append(args[2]), batch_of(*args))[1])
-    params, losses = fit(MODEL, START, TEXT, PLAN, folder=tmp_path, every=2)
+    params, losses = fit(**given, folder=tmp_path, every=2)
     assert seen == list(range(stop // 2 * 2, 7)), "from the latest checkpoint on"
-    assert same(params, whole[0]) and np.array_equal(losses, whole[1])
+    assert same(params, want[0]) and np.array_equal(losses, want[1])
 
 
 def test_a_run_that_is_done_is_not_done_again(whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,32 +237,6 @@ def test_a_taught_runs_loss_is_the_mix_that_it_says(taught: Any) -> None:
     chosen = jnp.take_along_axis(jax.nn.log_softmax(student), rows[:, 1:, None], -1)
     want = -0.5 * jnp.mean(chosen) + 0.5 * distillation_loss(student, teacher, 2.0)
     assert float(taught[1][0]) == pytest.approx(float(want), rel=1e-5)
-
-
-def test_a_taught_run_that_is_killed_goes_on_to_the_very_same_params(
-    taught: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Killed(BaseException):
-        pass
-
-    def kill(text: np.ndarray, plan: Training, step: int) -> np.ndarray:
-        if step == 5:
-            raise Killed
-        return batch_of(text, plan, step)
-
-    teacher = MODEL, START
-    with monkeypatch.context() as patch:
-        patch.setattr(training, "batch_of", kill)
-        with pytest.raises(Killed):
-            fit(POOLED, SMALL, TEXT, TAUGHT, teacher=teacher, folder=tmp_path, every=2)
-    with pytest.raises(InfoptError, match="teacher differ"):
-        other = MODEL, jax.tree.map(lambda x: 2 * x, START)
-        fit(POOLED, SMALL, TEXT, TAUGHT, teacher=other, folder=tmp_path, every=2)
-    seen = []
-    monkeypatch.setattr(training, "batch_of", lambda *args: (seen.append(args[2]), batch_of(*args))[1])
-    params, losses = fit(POOLED, SMALL, TEXT, TAUGHT, teacher=teacher, folder=tmp_path, every=2)
-    assert seen == [4, 5, 6], "from the latest checkpoint on"
-    assert same(params, taught[0]) and np.array_equal(losses, taught[1])
 
 
 def test_uptraining_brings_a_pooled_model_back_to_its_teacher() -> None:
