@@ -23,7 +23,9 @@ def _(*_: Any, out: Any, **__: Any) -> Any:
 def _raise(ctx: Any, *_: Any, what: str, platforms: tuple[str, ...], fix: str, **__: Any) -> Any:
     here = " or ".join(ctx.module_context.platforms)
     raise InfoptError(
-        f"{what} on {here}.", why=f"it is written for {' and '.join(platforms)}, and compiles for nothing else.", fix=fix
+        f"{what} on {here}.",
+        why=f"it is written for {' and '.join(platforms)}, and compiles for nothing else.",
+        fix=fix,
     )
 
 

@@ -8,9 +8,10 @@ All heads of a slot lie side by side, so a block is a matrix `[slots, K * D]`. H
 registers, queries being zero in the channels of their bundle's other heads. With few queries one bundle holds all heads:
 what is multiplied by zeros costs nothing then, since the matrix unit is waiting for keys.
 
-A 16-bit scale is read as a whole number, as Mosaic knows no float16 on TPUs, and is spread over its channels by a
-product with zeros and ones, in two halves of which each is a bfloat16 exactly. Of packed codes the low and the high
-nibbles stay apart: queries are handed in, and the output handed back, in their order.
+Mosaic knows no float16 on TPUs: XLA hands in the layer's scales (and minima) as whole numbers, slots along the lanes, the
+form in which it keeps so narrow an array; of them alone, a sixteenth of 8-bit keys, it reads every slot. The kernel
+spreads them over their channels by a product with zeros and ones, in two halves of which each is a bfloat16 exactly. Of
+packed codes the low and the high nibbles stay apart: queries are handed in, and the output handed back, in their order.
 """
 
 from __future__ import annotations
@@ -25,11 +26,12 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from infopt import cache as kv
 from infopt.cache import Layout
 from infopt.formats import Format
 from infopt.kernels.decode_attention.call import Call
 from infopt.kernels.flash_attention.options import NEVER, capped
-from infopt.kernels.flash_attention.pallas_tpu import LANES, MEMORY, product
+from infopt.kernels.flash_attention.pallas_tpu import LANES, MEMORY, MOST_LISTED, product
 from infopt.masks import seen
 from infopt.qtensor import is_qtensor
 from infopt.typing import Array
@@ -43,7 +45,7 @@ FEW = 128
 MOST_PAGES = 16
 """Pages that a step reads at most: each is an input of its own."""
 SUBLANES = 8
-"""Rows of a vector register: what a page must be a multiple of."""
+"""Rows of a vector register of 32-bit values; of narrower ones as many times more."""
 CODECS = ("int8", "int4_min")
 
 
@@ -55,7 +57,8 @@ class Plan:
       batch, heads, group, width: rows of the batch, key/value heads, query heads to each, channels of a head.
       tokens, tiles: queries of a tile, and tiles.
       bundle: heads of a bundle.
-      slots, refs: slots that an input block holds, and how many of these a step reads.
+      slots, refs: slots that an input block is read for, and how many blocks a step reads.
+      fetched: slots that an input block holds: more where a page is less than the rows that a register has.
       parts: parts that the keys are split into.
       format: of keys and values, or None.
       layout: of the cache.
@@ -72,6 +75,7 @@ class Plan:
     bundle: int
     slots: int
     refs: int
+    fetched: int
     parts: int
     format: Format | None
     layout: Layout
@@ -82,18 +86,23 @@ class Plan:
     def of(call: Call, parts: int | None = None) -> Plan:
         batch, length, all_heads, width = call.q.shape
         layout, heads = call.layout, call.heads
+        form = call.keys.format if is_qtensor(call.keys) else None
         if layout.page is None:
-            slots, refs = min(SLOTS, _whole(layout.slots, LANES)), 1
+            slots = fetched = min(SLOTS, _whole(layout.slots, LANES))
+            refs = 1
         else:
-            slots, refs = layout.page, max(1, min(SLOTS // layout.page, MOST_PAGES, layout.pages))
+            slots, fetched = layout.page, _whole(layout.page, _register_rows(call.keys))
+            most = max(1, min(SLOTS // fetched, MOST_PAGES))
+            if form is not None:  # scales have slots along the lanes
+                most = next((n for n in range(most, 1, -1) if n * slots % LANES == 0), most)
+            refs = min(most, layout.pages)
         if parts is None:  # two cores of a v5p share a lone row
             parts = 2 if batch == 1 and length == 1 else 1
-        form = call.keys.format if is_qtensor(call.keys) else None
         dtype = jnp.bfloat16 if call.q.dtype == jnp.bfloat16 else jnp.float32
         tokens = min(length, TOKENS)
         plan = Plan(
-            batch, heads, all_heads // heads, width, tokens, -(-length // tokens), heads, slots, refs, parts, form,
-            layout, dtype, call.options.sinks > 0,
+            batch, heads, all_heads // heads, width, tokens, -(-length // tokens), heads, slots, refs, fetched, parts,
+            form, layout, dtype, call.options.sinks > 0,
         )  # fmt: skip
         if all_heads * tokens > FEW:
             fitting = (n for n in range(1, heads) if heads % n == 0 and n * plan.channels % LANES == 0)
@@ -132,18 +141,28 @@ class Plan:
         """Slots that a step reads."""
         return self.slots * self.refs
 
+    @property
+    def matrix(self) -> int:
+        """Rows of a step's keys: its slots, and what lies beside them in their registers."""
+        return self.fetched * self.refs
+
     def scratch_bytes(self) -> int:
         """Vector memory that a step needs, roughly; blocks twice, one being fetched while the other is used."""
         wide = self.bundles * self.planes * self.rows * _whole(self.columns, LANES)
         kept = 4 * wide + 2 * 4 * self.bundles * self.rows * LANES
         blocks = 2 * wide * (4 + (1 + self.sinks) * np.dtype(self.dtype).itemsize)
-        cache = 2 * 2 * self.step * _whole(self.heads * self.width, LANES) * np.dtype(self.dtype).itemsize
-        work = 4 * (4 * self.rows * self.step + 4 * self.step * _whole(self.columns, LANES))
+        cache = 2 * 2 * self.matrix * _whole(self.heads * self.width, LANES) * np.dtype(self.dtype).itemsize
+        work = 4 * (4 * self.rows * self.matrix + 4 * self.matrix * _whole(self.columns, LANES))
         return kept + blocks + cache + work
 
 
 def _whole(n: int, of: int) -> int:
     return -(-n // of) * of
+
+
+def _register_rows(x: Any) -> int:
+    """Rows that a register has of the narrowest leaf."""
+    return SUBLANES * max(4 // leaf.dtype.itemsize for leaf in jax.tree.leaves(x))
 
 
 def refuses(call: Call) -> str:
@@ -161,10 +180,16 @@ def refuses(call: Call) -> str:
     forms = [x.format if is_qtensor(x) else x.dtype for x in (call.keys, call.values)]
     if forms[0] != forms[1]:
         return f"keys in {forms[0]} and values in {forms[1]}; it undoes one codec."
-    page = call.layout.page
-    if page is not None and page % SUBLANES:
-        return f"pages of {page} slots; it reads whole registers of {SUBLANES}."
+    page, rows = call.layout.page, _register_rows(call.keys)
+    if page is not None and page % rows and rows % page:
+        return f"pages of {page} slots; it reads registers of {rows}, of which a page is a part or a multiple."
+    if page is not None and page < SUBLANES:
+        return f"pages of {page} slots; it reads at least {SUBLANES}."
     plan = Plan.of(call)
+    if call.table is not None and call.table.size > MOST_LISTED:
+        return f"a block table of {call.table.size} pages; it holds {MOST_LISTED}."
+    if page is not None and plan.format is not None and plan.refs < call.layout.pages and plan.step % LANES:
+        return f"pages of {page} slots, no few of which are a multiple of {LANES}."
     if plan.scratch_bytes() > MEMORY:
         return f"a step takes {plan.scratch_bytes() >> 20} MiB of vector memory, of {MEMORY >> 20}."
     return ""
@@ -212,9 +237,12 @@ def forward(call: Call, interpret: bool = False, parts: int | None = None) -> tu
         inputs.append(spread)
         specs.append(pl.BlockSpec(spread.shape, lambda b, n, p, j, *_: (0, 0)))
     for x in (call.keys, call.values):
-        for leaf in _leaves(x):
-            inputs += [leaf] * plan.refs
-            specs += [_of_cache(plan, leaf.shape[-1], i) for i in range(plan.refs)]
+        codes = x.codes if is_qtensor(x) else x
+        inputs += [codes] * plan.refs
+        specs += [_of_cache(plan, codes.shape[-1], i) for i in range(plan.refs)]
+        for numbers in _numbers(x, plan, call):
+            inputs.append(numbers)
+            specs.append(_of_numbers(plan, numbers.shape[1]))
     results = (plan.parts, *tiles)
     out, lse = pl.pallas_call(
         functools.partial(_kernel, plan, call.options),
@@ -230,7 +258,7 @@ def forward(call: Call, interpret: bool = False, parts: int | None = None) -> tu
             ],
         ),
         out_shape=[
-            jax.ShapeDtypeStruct((*results, *queries), jnp.float32),
+            jax.ShapeDtypeStruct((*results, *queries), plan.dtype if plan.parts == 1 else jnp.float32),
             jax.ShapeDtypeStruct((*results, plan.bundles, plan.rows, 1), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(
@@ -247,20 +275,29 @@ def forward(call: Call, interpret: bool = False, parts: int | None = None) -> tu
 def _cost(plan: Plan, inputs: list[Array]) -> pl.CostEstimate:
     """What the compiler schedules by: every slot of one layer, since how many are in use it cannot know."""
     pairs = plan.batch * plan.tiles * plan.bundles * plan.rows * plan.layout.slots
-    a_slot = plan.heads * plan.width * (np.dtype(plan.dtype).itemsize if plan.format is None else plan.format.row.bits / 8)
+    a_slot = (
+        plan.heads * plan.width * (np.dtype(plan.dtype).itemsize if plan.format is None else plan.format.row.bits / 8)
+    )
     queries = sum(x.size * x.dtype.itemsize for x in inputs[1 : 2 + plan.sinks])
     moved = 2 * queries + 2 * int(plan.batch * plan.tiles * plan.layout.slots * a_slot)
-    return pl.CostEstimate(
-        flops=4 * pairs * plan.planes * plan.columns, transcendentals=pairs, bytes_accessed=moved
-    )
+    return pl.CostEstimate(flops=4 * pairs * plan.planes * plan.columns, transcendentals=pairs, bytes_accessed=moved)
 
 
-def _leaves(x: Any) -> list[Array]:
-    """The arrays of keys or values as the kernel takes them: float16 as whole numbers."""
-    if not is_qtensor(x):
-        return [x]
-    numbers = [x.scale] + ([x.minimum] if x.minimum is not None else [])
-    return [x.codes, *(jax.lax.bitcast_convert_type(n, jnp.int16) for n in numbers)]
+def _numbers(x: Any, plan: Plan, call: Call) -> list[Array]:
+    """The layer's scales, and minima where there are any, `[B, groups, slots]`, as whole numbers."""
+    if plan.format is None:
+        return []
+    found = [kv.read(n, call.layer, plan.layout, call.table) for n in (x.scale, x.minimum) if n is not None]
+    found = [jax.lax.bitcast_convert_type(n, jnp.int16).transpose(0, 2, 1) for n in found]
+    return [jnp.pad(n, ((0, 0), (0, 0), (0, -n.shape[2] % plan.step))) for n in found]
+
+
+def _of_numbers(plan: Plan, groups: int) -> pl.BlockSpec:
+    def block(b: Any, n: Any, p: Any, j: Any, layer: Any, lengths: Any, used: Any, steps: Any, table: Any) -> Any:
+        last = jax.lax.div(used[b] + (plan.step - 1), plan.step) - 1
+        return b, 0, jnp.minimum(p * steps[0] + j, jnp.maximum(last, 0))
+
+    return pl.BlockSpec((1, groups, plan.step), block)
 
 
 def _of_cache(plan: Plan, width: int, index: int) -> pl.BlockSpec:
@@ -268,17 +305,19 @@ def _of_cache(plan: Plan, width: int, index: int) -> pl.BlockSpec:
 
     def block(b: Any, p: Any, j: Any, used: Any, steps: Any) -> Any:
         wanted = (p * steps[0] + j) * plan.refs + index
-        return jnp.minimum(wanted, jnp.maximum((used[b] + plan.slots - 1) // plan.slots - 1, 0))
+        # `//` would ask which TPU this is, where there is none: a program may be compiled on a CPU
+        return jnp.minimum(wanted, jnp.maximum(jax.lax.div(used[b] + (plan.slots - 1), plan.slots) - 1, 0))
 
     def of_row(b: Any, n: Any, p: Any, j: Any, layer: Any, lengths: Any, used: Any, steps: Any, table: Any) -> Any:
         return layer[0], b, block(b, p, j, used, steps), 0
 
     def of_pool(b: Any, n: Any, p: Any, j: Any, layer: Any, lengths: Any, used: Any, steps: Any, table: Any) -> Any:
-        return layer[0], table[b * plan.layout.pages + block(b, p, j, used, steps)], 0
+        page = table[b * plan.layout.pages + block(b, p, j, used, steps)]
+        return layer[0], jax.lax.div(page, plan.fetched // plan.slots), 0
 
     if plan.layout.page is None:
         return pl.BlockSpec((1, 1, plan.slots, width), of_row)
-    return pl.BlockSpec((1, plan.slots, width), of_pool)
+    return pl.BlockSpec((1, plan.fetched, width), of_pool)
 
 
 def _tiled(x: Array, plan: Plan) -> Array:
@@ -344,15 +383,17 @@ def _kernel(plan: Plan, o: Any, *refs: Any) -> None:
 
     Refs: layer `[1]`, lengths `[B]`, used `[B]`, steps a part `[1]`, table; positions of rows `[1, 1, rows, 1]`; queries
     and the sinks' queries `[1, 1, bundles, planes, rows, columns]`; where there is a codec its matrix of `_spread`; keys
-    and values: for each leaf, blocks `[1, 1, slots, ...]`; out `[1, 1, 1, bundles, planes, rows, columns]`, lse
+    and values: blocks `[1, 1, slots, channels]`, their scales and minima `[1, groups, slots]`; out `[1, 1, 1, bundles, planes, rows, columns]`, lse
     `[1, 1, 1, bundles, rows, 1]`; maximum and sum `[bundles, rows, 128]`, output `[bundles, planes, rows, columns]`.
     """
-    _, lengths, used, steps, _, at, q, *rest = refs
+    _, lengths, used, steps, table, at, q, *rest = refs
     rest = list(rest)
     sink_q = rest.pop(0) if plan.sinks else None
     spread = rest.pop(0) if plan.format is not None else None
-    leaves = 1 if plan.format is None else 2 + plan.format.row.minimum
-    keys, values = ([[rest.pop(0) for _ in range(plan.refs)] for _ in range(leaves)] for _ in range(2))
+    more = 0 if plan.format is None else 1 + plan.format.row.minimum
+    (keys, of_keys), (values, of_values) = (
+        ([rest.pop(0) for _ in range(plan.refs)], [rest.pop(0) for _ in range(more)]) for _ in range(2)
+    )
     out, lse, most, total, acc = rest
     b, p, j = pl.program_id(0), pl.program_id(2), pl.program_id(3)
     start = (p * steps[0] + j) * plan.step
@@ -363,16 +404,30 @@ def _kernel(plan: Plan, o: Any, *refs: Any) -> None:
         total[...] = jnp.zeros(total.shape, jnp.float32)
         acc[...] = jnp.zeros(acc.shape, jnp.float32)
 
+    def slots(shape: tuple[int, int], axis: int) -> Array:
+        """The slot that each row of the step's keys is; one beyond all where it belongs to another page."""
+        row = jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+        if plan.fetched == plan.slots:
+            return start + row
+        found = jnp.full(shape, plan.layout.slots, jnp.int32)
+        for i in range(plan.refs):
+            first = start + i * plan.slots
+            index = jnp.minimum(jax.lax.div(first, plan.slots), plan.layout.pages - 1)
+            before = jax.lax.rem(table[b * plan.layout.pages + index], plan.fetched // plan.slots) * plan.slots
+            within = row - (i * plan.fetched + before)
+            found = jnp.where((within >= 0) & (within < plan.slots), first + within, found)
+        return found
+
     def step(sunk: bool) -> None:
-        slot = start + jax.lax.broadcasted_iota(jnp.int32, (1, plan.step), 1)
+        slot = slots((1, plan.matrix), 1)
         position = _positions(plan.layout, lengths[b], slot)
         position = jnp.where(slot < used[b], position, -1)
-        in_use = start + jax.lax.broadcasted_iota(jnp.int32, (plan.step, 1), 0) < used[b]
+        in_use = slots((plan.matrix, 1), 0) < used[b]
         allowed = seen(at[0, 0], position, o.window, o.sinks)  # [rows, slots]
-        numbers = [[_half(_joined(x, slice(None))) for x in side[1:]] for side in (keys, values)]
+        numbers = [[_half(x[0]) for x in side] for side in (of_keys, of_values)]
         for bundle in range(plan.bundles):
             cut = slice(bundle * plan.columns, (bundle + 1) * plan.columns)
-            k = _plain(plan, keys[0], numbers[0], spread, cut)
+            k = _plain(plan, keys, numbers[0], spread, cut)
             s = _sum(product(q[0, 0, bundle, i], plane, 1) for i, plane in enumerate(k))
             if sunk:
                 assert sink_q is not None
@@ -385,7 +440,7 @@ def _kernel(plan: Plan, o: Any, *refs: Any) -> None:
             most[bundle] = high
             total[bundle] = total[bundle] * shrink + jnp.sum(weight, -1, keepdims=True)
             weight = weight.astype(plan.dtype)
-            for i, plane in enumerate(_plain(plan, values[0], numbers[1], spread, cut)):
+            for i, plane in enumerate(_plain(plan, values, numbers[1], spread, cut)):
                 plane = jnp.where(jnp.broadcast_to(in_use, plane.shape), plane, jnp.zeros_like(plane))  # 0 x NaN is NaN
                 acc[bundle, i] = acc[bundle, i] * shrink[:, :1] + product(weight, plane, 0)
 
@@ -402,7 +457,7 @@ def _kernel(plan: Plan, o: Any, *refs: Any) -> None:
             found = total[bundle][:, :1]
             some = jnp.where(found == 0, 1.0, found)
             for i in range(plan.planes):
-                out[0, 0, 0, bundle, i] = acc[bundle, i] / some
+                out[0, 0, 0, bundle, i] = (acc[bundle, i] / some).astype(out.dtype)
             lse[0, 0, 0, bundle] = jnp.where(found == 0, -jnp.inf, most[bundle][:, :1] + jnp.log(some))
 
 
@@ -435,18 +490,26 @@ def _plain(plan: Plan, codes: list[Any], numbers: list[Array], spread: Any, cut:
     x = _joined(codes, cut)
     if plan.format is None:
         return [x.astype(plan.dtype)]
-    scale, *minimum = (_spread_out(n, spread[:, cut]) for n in numbers)
+    scale, *minimum = (_spread_out(plan, n, spread[:, cut]) for n in numbers)
     x = x.astype(jnp.int32)
     planes = [x] if plan.planes == 1 else [x & 15, x >> 4]
     values = [plane.astype(jnp.float32) * scale for plane in planes]
     return [(v + minimum[0] if minimum else v).astype(plan.dtype) for v in values]
 
 
-def _spread_out(x: Array, spread: Array) -> Array:
-    """One value a group -> one a channel, exactly: 11 bits are 8 and the rest."""
+def _spread_out(plan: Plan, x: Array, spread: Array) -> Array:
+    """One value a group, `[groups, slots]`, as one a channel, `[rows, columns]`, exactly: 11 bits are 8 and the rest."""
     high = x.astype(jnp.bfloat16)
     rest = (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
-    return product(high, spread, 0) + product(rest, spread, 0)
+    found = _sum(
+        jax.lax.dot_general(part, spread, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+        for part in (high, rest)
+    )
+    if plan.fetched == plan.slots:
+        return found
+    found = found.reshape(plan.refs, 1, plan.slots, -1)  # wherever in its registers a page lies
+    found = jnp.broadcast_to(found, (plan.refs, plan.fetched // plan.slots, *found.shape[2:]))
+    return found.reshape(plan.matrix, -1)
 
 
 def _half(x: Array) -> Array:

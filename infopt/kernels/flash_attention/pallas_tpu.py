@@ -110,9 +110,7 @@ class Plan:
     def block_bytes(self) -> tuple[list[int], list[int]]:
         """Bytes of each block in `specs`, as they lie in memory: the last axis in whole lanes, the one before in eights."""
         size = np.dtype(self.dtype).itemsize
-        query, of_out = (
-            self.group * self.queries * _whole(w, LANES) * size for w in (self.width, self.out_width)
-        )
+        query, of_out = (self.group * self.queries * _whole(w, LANES) * size for w in (self.width, self.out_width))
         key, value = (self.keys * _whole(w, LANES) * size for w in (self.width, self.out_width))
         places = [self.queries * 4, self.keys * 4] * (1 + self.segments)
         return [query] * (1 + self.sinks) + [key, value, *places], [of_out, _whole(self.group, 8) * self.queries * 4]
@@ -249,7 +247,9 @@ def _cost(plan: Plan, o: Options) -> pl.CostEstimate:
     each = plan.batch * plan.heads
     reads, writes = plan.block_bytes()
     of_queries, of_keys = 1 + plan.sinks, 2 + plan.sinks
-    moved = each * (n * (sum(reads[:of_queries]) + sum(writes)) + int(some.sum()) * sum(reads[of_queries : of_keys + 1]))
+    moved = each * (
+        n * (sum(reads[:of_queries]) + sum(writes)) + int(some.sum()) * sum(reads[of_queries : of_keys + 1])
+    )
     return pl.CostEstimate(flops=2 * pairs * (plan.width + plan.out_width), transcendentals=pairs, bytes_accessed=moved)
 
 
