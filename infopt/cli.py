@@ -75,6 +75,7 @@ BENCH_EXAMPLES = """\
 examples:
   infopt bench generate
   infopt bench generate --model ./model.gguf --repeats 9
+  infopt bench tpu --out docs/tpu.json
 """
 
 
@@ -339,9 +340,17 @@ def _add_ablate(commands: Any) -> None:
 
 
 def _add_bench(commands: Any) -> None:
-    parser = _command(commands, "bench", "measure speed, interleaved, and print medians", BENCH_EXAMPLES)
+    parser = _command(
+        commands, "bench", "measure speed, interleaved, and print medians; or compile for TPUs", BENCH_EXAMPLES
+    )
     parser.set_defaults(command=_bench)
-    parser.add_argument("what", choices=["generate"], help="generate: prefill and decode, against a yardstick")
+    parser.add_argument(
+        "what",
+        choices=["generate", "tpu"],
+        help="generate: prefill and decode, against a yardstick; tpu: what kernels and steps take on TPUs, without "
+        "one: they are compiled, not run",
+    )
+    parser.add_argument("--out", metavar="FILE", help="tpu: write JSON to FILE too")
     parser.add_argument(
         "--model", default="smollm2-135m", metavar="MODEL", help="as for generate (default: %(default)s)"
     )
@@ -515,7 +524,13 @@ def _ablate(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
+    if args.what == "tpu":
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")  # or JAX looks for the TPU itself
     _prepare_jax(keep=False)  # compile seconds are of a first compilation
+    if args.what == "tpu":
+        from infopt import tpu
+
+        return tpu.main(args)
     from infopt import bench
 
     return bench.main(args)

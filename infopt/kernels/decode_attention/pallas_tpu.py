@@ -4,14 +4,14 @@ The grid goes over rows of the batch, tiles of queries, parts of the keys, and b
 lengths and block table are handed in by scalar prefetch: a layer is read where it lies in the stack, a page where it
 lies in the pool, and slots that hold nothing are never fetched.
 
-All heads of a slot lie side by side, so a block is a matrix `[slots, K * D]`. Heads are taken in bundles of whole vector
-registers, queries being zero in the channels of their bundle's other heads. With few queries one bundle holds all heads:
-what is multiplied by zeros costs nothing then, since the matrix unit is waiting for keys.
+All heads of a slot lie side by side, so a block is a matrix `[slots, K * D]`. Heads are taken in bundles of whole
+vector registers, queries being zero in the channels of their bundle's other heads. With few queries one bundle holds all
+heads: what is multiplied by zeros costs nothing then, since the matrix unit is waiting for keys.
 
-Mosaic knows no float16 on TPUs: XLA hands in the layer's scales (and minima) as whole numbers, slots along the lanes, the
-form in which it keeps so narrow an array; of them alone, a sixteenth of 8-bit keys, it reads every slot. The kernel
-spreads them over their channels by a product with zeros and ones, in two halves of which each is a bfloat16 exactly. Of
-packed codes the low and the high nibbles stay apart: queries are handed in, and the output handed back, in their order.
+Mosaic knows no float16 on TPUs: XLA hands in the layer's scales (and minima) as whole numbers, slots along the lanes,
+the form in which it keeps so narrow an array; of them alone, a sixteenth of 8-bit keys, it reads every slot. The kernel
+spreads them over their channels by a product with zeros and ones, in two halves of which each is a bfloat16 exactly.
+Of packed codes the low and the high nibbles stay apart: queries are handed in, and the output handed back, so ordered.
 """
 
 from __future__ import annotations
@@ -301,7 +301,7 @@ def _of_numbers(plan: Plan, groups: int) -> pl.BlockSpec:
 
 
 def _of_cache(plan: Plan, width: int, index: int) -> pl.BlockSpec:
-    """The `index`-th block that a step reads: of slots in use, or the last of these again, which is not fetched twice."""
+    """The `index`-th block that a step reads: of slots in use, or the last of these again, not to be fetched twice."""
 
     def block(b: Any, p: Any, j: Any, used: Any, steps: Any) -> Any:
         wanted = (p * steps[0] + j) * plan.refs + index
@@ -381,10 +381,11 @@ def _spread(plan: Plan) -> Array:
 def _kernel(plan: Plan, o: Any, *refs: Any) -> None:
     """One step: so many slots of one row against one tile of queries.
 
-    Refs: layer `[1]`, lengths `[B]`, used `[B]`, steps a part `[1]`, table; positions of rows `[1, 1, rows, 1]`; queries
-    and the sinks' queries `[1, 1, bundles, planes, rows, columns]`; where there is a codec its matrix of `_spread`; keys
-    and values: blocks `[1, 1, slots, channels]`, their scales and minima `[1, groups, slots]`; out `[1, 1, 1, bundles, planes, rows, columns]`, lse
-    `[1, 1, 1, bundles, rows, 1]`; maximum and sum `[bundles, rows, 128]`, output `[bundles, planes, rows, columns]`.
+    Refs: layer `[1]`, lengths `[B]`, used `[B]`, steps a part `[1]`, table; positions of rows `[1, 1, rows, 1]`;
+    queries and the sinks' queries `[1, 1, bundles, planes, rows, columns]`; where there is a codec its matrix of
+    `_spread`; keys and values: blocks `[1, 1, slots, channels]`, their scales and minima `[1, groups, slots]`; out
+    `[1, 1, 1, bundles, planes, rows, columns]`, lse `[1, 1, 1, bundles, rows, 1]`; maximum and sum
+    `[bundles, rows, 128]`, output `[bundles, planes, rows, columns]`.
     """
     _, lengths, used, steps, table, at, q, *rest = refs
     rest = list(rest)
@@ -498,7 +499,7 @@ def _plain(plan: Plan, codes: list[Any], numbers: list[Array], spread: Any, cut:
 
 
 def _spread_out(plan: Plan, x: Array, spread: Array) -> Array:
-    """One value a group, `[groups, slots]`, as one a channel, `[rows, columns]`, exactly: 11 bits are 8 and the rest."""
+    """One value a group, `[groups, slots]`, as one a channel, `[rows, columns]`. Exact: 11 bits are 8 and 3."""
     high = x.astype(jnp.bfloat16)
     rest = (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
     found = _sum(

@@ -108,7 +108,7 @@ class Plan:
         return reads, writes
 
     def block_bytes(self) -> tuple[list[int], list[int]]:
-        """Bytes of each block in `specs`, as they lie in memory: the last axis in whole lanes, the one before in eights."""
+        """Bytes of each block in `specs`, as they lie in memory: the last axis in whole lanes, few rows in eights."""
         size = np.dtype(self.dtype).itemsize
         query, of_out = (self.group * self.queries * _whole(w, LANES) * size for w in (self.width, self.out_width))
         key, value = (self.keys * _whole(w, LANES) * size for w in (self.width, self.out_width))
@@ -137,8 +137,8 @@ def refuses(q: Any, k: Any, v: Any, o: Options) -> str:
     plan = Plan.of(q, k, v, o, True)
     if plan.scratch_bytes() > MEMORY:
         return (
-            f"a step of {plan.group} x {plan.queries} rows and {plan.keys} keys takes {plan.scratch_bytes() >> 20} MiB of "
-            f"vector memory, of {MEMORY >> 20}."
+            f"a step of {plan.group} x {plan.queries} rows and {plan.keys} keys takes {plan.scratch_bytes() >> 20} MiB "
+            f"of vector memory, of {MEMORY >> 20}."
         )
     return ""
 
@@ -256,9 +256,9 @@ def _cost(plan: Plan, o: Options) -> pl.CostEstimate:
 def _kernel(plan: Plan, o: Options, order: Any, count: Any, *refs: Any) -> None:
     """One block of scores.
 
-    Refs: queries and the sinks' queries `[1, 1, G, Q, D]`, keys `[1, 1, S, D]`, values `[1, 1, S, E]`, places `[1, 1, Q]`
-    and `[1, 1, S]`, segments alike; out `[1, 1, G, Q, E]`, lse `[1, 1, G, Q]`; maximum and sum `[G * Q, 128]`, output
-    `[G * Q, E]`, places (and segments) of queries in a column `[Q, 128]`.
+    Refs: queries and the sinks' queries `[1, 1, G, Q, D]`, keys `[1, 1, S, D]`, values `[1, 1, S, E]`, places
+    `[1, 1, Q]` and `[1, 1, S]`, segments alike; out `[1, 1, G, Q, E]`, lse `[1, 1, G, Q]`; maximum and sum
+    `[G * Q, 128]`, output `[G * Q, E]`, places (and segments) of queries in a column `[Q, 128]`.
     """
     refs = list(refs)
     q = refs.pop(0)
