@@ -76,6 +76,7 @@ examples:
   infopt bench generate
   infopt bench generate --model ./model.gguf --repeats 9
   infopt bench attention
+  infopt bench tpu --out docs/tpu.json
 """
 
 
@@ -339,12 +340,15 @@ def _add_ablate(commands: Any) -> None:
 
 
 def _add_bench(commands: Any) -> None:
-    parser = _command(commands, "bench", "measure speed, interleaved, and print medians", BENCH_EXAMPLES)
+    parser = _command(
+        commands, "bench", "measure speed, interleaved, and print medians; or compile for TPUs", BENCH_EXAMPLES
+    )
     parser.set_defaults(command=_bench)
     parser.add_argument(
         "what",
-        choices=["generate", "attention"],
-        help="generate: prefill and decode, against a yardstick; attention: its implementations, time and memory",
+        choices=["generate", "attention", "tpu"],
+        help="generate: prefill and decode, against a yardstick; attention: its implementations, time and memory; tpu: "
+        "what kernels and steps take on TPUs, without one: they are compiled, not run",
     )
     parser.add_argument(
         "--model", default="smollm2-135m", metavar="MODEL", help="of generate, as for it (default: %(default)s)"
@@ -353,6 +357,7 @@ def _add_bench(commands: Any) -> None:
         "--repeats", type=_count, default=5, metavar="N", help="a median is over N runs (default: %(default)s)"
     )
     parser.add_argument("--json", action="store_true", help="one JSON object in place of a table")
+    parser.add_argument("--out", metavar="FILE", help="tpu: write JSON to FILE too")
 
 
 @contextlib.contextmanager
@@ -519,10 +524,13 @@ def _ablate(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
+    if args.what == "tpu":
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")  # or JAX looks for the TPU itself
     _prepare_jax(keep=False)  # compile seconds are of a first compilation
+    from infopt import tpu
     from infopt.bench import attention, generation
 
-    return {"generate": generation, "attention": attention}[args.what].main(args)
+    return {"generate": generation, "attention": attention, "tpu": tpu}[args.what].main(args)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ ROOMS: list[tuple[str, ...]] = [
     ("ablation",),
     ("testing",),
     ("infopt",),  # the package's own face, which gathers what is above it
-    ("bench",),
+    ("bench", "tpu"),
     ("library",),
     ("cli",),
     ("__main__",),
