@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from infopt.planner import Plan, plan
     from infopt.qtensor import Format, QTensor
     from infopt.sampling import Sampling
-    from infopt.spec import Config, Spec, Window, oracle
+    from infopt.spec import Codec, Config, Spec, Window, oracle
     from infopt.transforms import (
         Transform,
         cache_kv,
@@ -87,7 +87,7 @@ _NAMES = {
     "planner": ("Plan", "plan"),
     "qtensor": ("Format", "QTensor"),
     "sampling": ("Sampling",),
-    "spec": ("Config", "Spec", "Window", "oracle"),
+    "spec": ("Codec", "Config", "Spec", "Window", "oracle"),
     "transforms": (
         "Transform",
         "cache_kv",

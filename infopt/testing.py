@@ -116,11 +116,10 @@ _HANDFUL = 8
 
 TOLERANCE = 1e-4
 """Of the standard deviation of the oracle's logits."""
-ROUNDED, ROUNDED_4 = 3e-2, 0.5
+ROUNDED = {8: 3e-2, 4: 0.5, 2: 2.0}
 TRIES = 8
 """Where keys and values are rounded, and a value or a scale lay on the edge, it may round the other way. Such a stack
-is tried on so many texts at most, must stay within ROUNDED on each (ROUNDED_4 with 4 bits), and within TOLERANCE on
-one."""
+is tried on so many texts at most, must stay within ROUNDED on each, by its bits, and within TOLERANCE on one."""
 
 _CHUNK, _MAX_LEN, _LENGTHS = 5, 40, (26, 19, 11)
 
@@ -186,7 +185,7 @@ def verify(model: Model, params: Params, *, generation: bool = True) -> float:
 
 def _edge(spec: Spec) -> float:
     """What one rounding that goes the other way may change."""
-    return TOLERANCE if spec.kv is None else ROUNDED_4 if spec.kv.row.bits == 4 else ROUNDED
+    return TOLERANCE if spec.kv is None else ROUNDED[spec.kv.format.row.bits]
 
 
 def _verify_text(model: Model, params: Params, generation: bool, text: int) -> float:
@@ -650,7 +649,8 @@ def markdown(results: dict[tuple[str, int], list[Outcome]]) -> str:
         "rollbacks; tokens drawn by every speculative stack and a third of the others are checked one by one (logits",
         "alone in families of which a handful of pairs is tried). With",
         f"rounded keys and values a value on the edge may round the other way: such a stack is tried on up to {TRIES}",
-        f"texts, and must agree within {ROUNDED:g} on each ({ROUNDED_4:g} with 4 bits) and {TOLERANCE:g} on one.",
+        f"texts, and must agree within {ROUNDED[8]:g} on each ({ROUNDED[4]:g} with 4 bits, {ROUNDED[2]:g} with 2) and",
+        f"{TOLERANCE:g} on one.",
         "Orders that give equal Specs and params run once. "
         + (
             "All of these families have such a model."
