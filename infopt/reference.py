@@ -100,7 +100,9 @@ def dequantize(weight: Any) -> Float64:
 
 
 def round_kv(x: Float64, format: Any) -> Float64:
-    """Keys or values `[..., D]` rounded to a format by groups of the last axis, as a cache gives them back."""
+    """Keys or values `[..., D]` rounded to a format by groups of the last axis; `x` itself where there is none."""
+    if format is None:
+        return x
     if format.name not in ("int8", "int4_min", "int2_min"):
         raise NotImplementedError(f"the numpy reference has no {format.name!r} codec for keys and values.")
     # Rounded as float32 numbers: a float32 stack must meet the same ties, or a code differs by one for no reason.

@@ -80,10 +80,12 @@ PACKINGS: tuple[Transform, ...] = (
     quantize(bits=3, group=16),
     quantize(bits=2, group=16),
     cache_kv(bits=4),
+    cache_kv(bits=2, rotate=True),
+    cache_kv(bits=4, split=4, tail=3),
     flash_attention("blockwise"),
 )
-"""One of each other packing: floats, minima, zero points, scales of scales, words of three bytes, four to a byte; and
-attention by block. Stacked in full pairs with the examples over the first family."""
+"""One of each other packing: floats, minima, zero points, scales of scales, words of three bytes, four to a byte;
+keys rotated, and by channel; attention by block. Stacked in full pairs with the examples over the first family."""
 
 _SIZES = dict(layers=3, dim=32, heads=4, kv_heads=2, head_dim=16, mlp=48, vocab=61, context=64, tied=False)
 _YARN = YarnRope(factor=4.0, original_context=16, beta_fast=2.0, attention_factor=1.1)

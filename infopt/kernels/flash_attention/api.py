@@ -176,10 +176,8 @@ def _choice(q: Array, k: Array, v: Array, o: Options, name: str | None) -> str:
             why=nearest(name, list(IMPLEMENTATIONS)),
             fix="one of " + ", ".join(IMPLEMENTATIONS),
         )
-    refused = IMPLEMENTATIONS[name].refuses(q, k, v, o)
-    if o.late is not None and IMPLEMENTATIONS[name].platforms != EVERYWHERE:
-        refused = NOT_LATE
-    if refused:
+    late = o.late is not None and IMPLEMENTATIONS[name].platforms != EVERYWHERE
+    if refused := NOT_LATE if late else IMPLEMENTATIONS[name].refuses(q, k, v, o):
         raise InfoptError(
             f"{name} cannot serve q {tuple(q.shape)}, k {tuple(k.shape)}: {refused}",
             why="its blocks are laid out for that hardware.",
