@@ -258,7 +258,7 @@ def attend(
       scale: multiplies scores.
       softcap: scores become softcap * tanh(score / softcap).
       sink_logits: one more score a head, neither scaled nor capped, that takes its share and has no value (OpenAI 2025,
-        "gpt-oss-120b & gpt-oss-20b Model Card", section 2.2). The sinks of a window are positions, and apart from it.
+        "gpt-oss-120b & gpt-oss-20b Model Card"). The sinks of a window are positions, and apart from it.
       context: bound by `build`.
 
     Returns:

@@ -1,7 +1,7 @@
 """gpt-oss: each other layer sees a window, each head has a learned sink, and a few of many experts, whose SwiGLU is
 clamped, are chosen for each token; biases everywhere.
 
-Source: OpenAI 2025, "gpt-oss-120b & gpt-oss-20b Model Card", section 2.
+Source: OpenAI 2025, "gpt-oss-120b & gpt-oss-20b Model Card".
 """
 
 from __future__ import annotations

@@ -137,7 +137,7 @@ WINDOWED = [
     ("mistral", "sliding_window(5)", 5), ("mixtral", "sliding_window(5)", 5), ("qwen3_moe", "sliding_window(5)", 5),
     ("phi3", "sliding_window(5)", 5), ("qwen2", "sliding_window(5)", 5), ("gemma2", "sliding_window(5)", 5),
     ("qwen2", "sliding_window(5, layers=[1, 2])", 5), ("qwen3", "sliding_window(5, layers=[0])", 5),
-    ("gpt_oss", "sliding_window(5)", 5), ("gpt_oss", "sliding_window(5, layers=[0, 2])", 5),
+    ("gpt_oss", "sliding_window(5)", 5),
     ("gemma3", "sliding_window(5, layers=[0, 2, 4])", 5), ("gemma2", "sliding_window(5, layers=[0, 2])", 5),
 ]  # fmt: skip
 
