@@ -60,7 +60,7 @@ def test_random_heads_are_a_function_of_the_seed_and_of_the_old_ones_size_alone(
         return {n: np.asarray(found[n]) for n in found if n.endswith((".attn.k", ".attn.v"))}
 
     zero, one, twice, before = heads(0), heads(1), heads(None, 2.0), Weights.of(BARE.spec, PARAMS)
-    assert len({x.tobytes() for x in (*zero.values(), *one.values())}) == 2 * len(zero) == 8, "no two alike"
+    assert len({np.sign(x).tobytes() for x in (*zero.values(), *one.values())}) == 2 * len(zero) == 8, "no two alike"
     for name, x in zero.items():
         np.testing.assert_allclose(twice[name], 2 * x, rtol=1e-6)
         old = np.asarray(before[name])
