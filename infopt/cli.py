@@ -75,7 +75,11 @@ BENCH_EXAMPLES = """\
 examples:
   infopt bench generate
   infopt bench generate --model ./model.gguf --repeats 9
+<<<<<<< HEAD
   infopt bench tpu --out docs/tpu.json
+=======
+  infopt bench attention
+>>>>>>> attention
 """
 
 
@@ -344,6 +348,7 @@ def _add_bench(commands: Any) -> None:
         commands, "bench", "measure speed, interleaved, and print medians; or compile for TPUs", BENCH_EXAMPLES
     )
     parser.set_defaults(command=_bench)
+<<<<<<< HEAD
     parser.add_argument(
         "what",
         choices=["generate", "tpu"],
@@ -351,8 +356,15 @@ def _add_bench(commands: Any) -> None:
         "one: they are compiled, not run",
     )
     parser.add_argument("--out", metavar="FILE", help="tpu: write JSON to FILE too")
+=======
+>>>>>>> attention
     parser.add_argument(
-        "--model", default="smollm2-135m", metavar="MODEL", help="as for generate (default: %(default)s)"
+        "what",
+        choices=["generate", "attention"],
+        help="generate: prefill and decode, against a yardstick; attention: its implementations, time and memory",
+    )
+    parser.add_argument(
+        "--model", default="smollm2-135m", metavar="MODEL", help="of generate, as for it (default: %(default)s)"
     )
     parser.add_argument(
         "--repeats", type=_count, default=5, metavar="N", help="a median is over N runs (default: %(default)s)"
@@ -527,13 +539,17 @@ def _bench(args: argparse.Namespace) -> int:
     if args.what == "tpu":
         os.environ.setdefault("JAX_PLATFORMS", "cpu")  # or JAX looks for the TPU itself
     _prepare_jax(keep=False)  # compile seconds are of a first compilation
+<<<<<<< HEAD
     if args.what == "tpu":
         from infopt import tpu
 
         return tpu.main(args)
     from infopt import bench
+=======
+    from infopt.bench import attention, generation
+>>>>>>> attention
 
-    return bench.main(args)
+    return {"generate": generation, "attention": attention}[args.what].main(args)
 
 
 if __name__ == "__main__":

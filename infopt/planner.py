@@ -28,6 +28,8 @@ from infopt.errors import InfoptError, human, nearest
 from infopt.generation import BUCKETS
 from infopt.io import open_model
 from infopt.io.checkpoint import DTYPES
+from infopt.kernels.decode_attention import xla
+from infopt.kernels.flash_attention import blockwise
 from infopt.model import Model, build, check_length, context_limit, segments, shapes, window_groups
 from infopt.models import llama
 from infopt.qtensor import Format, blank, is_qtensor, quantize_array
@@ -151,9 +153,8 @@ def _layers(
 
     XLA copies, or unpacks, all matrices of a block before it uses the first (a block is one period of layers), and of a
     layer's own about half before its attention. Until that is done its scores and the slots that it reads lie there
-    twice, and a third time where several key/value heads must be brought to the front; after it come the products of
-    the feed-forward half. A segment of one block is no loop: of what it unpacks the share `early` lies there from the
-    beginning.
+    twice (by block, one block of scores, and the slots in blocks too); after it come the products of the feed-forward
+    half. A segment of one block is no loop: of what it unpacks the share `early` lies there from the beginning.
     """
     c, formats = spec.config, dict(spec.weights)
     table = params.get("embed", _largest_table(params))
@@ -166,7 +167,6 @@ def _layers(
         stays = len(shape) < 2 or (f is None and not loop) or (in_place and (f is None or f.row.codes == 1))
         return 0 if stays else math.prod(shape) * (4 if cpu else own)  # XLA's CPU code multiplies in float32
 
-    times = 3 if c.kv_heads > 1 else 2
     expected, groups, most, always = shapes(spec), window_groups(spec), 0, 0
     for seg in segments(spec):
         later = 0  # copies for the layers of the block that are still to come
@@ -175,8 +175,11 @@ def _layers(
             copies = sum(copied(name, expected[name], seg.repeats > 1) for name in names)
             widest = max(max(expected[name]) for name in names)
             slots = layouts[groups.index(seg.windows[phase])].slots if spec.cache else context
-            scores = times * rows * c.heads * slots * 4
-            read = times * batch * slots * c.kv_heads * c.head_dim * own
+            each = tokens if spec.cache else context  # queries of a row
+            whole = each * slots <= xla.PLAIN if spec.cache else spec.attention == "reference"
+            kept = each * slots if whole else min(each, blockwise.QUERIES) * min(slots, blockwise.KEYS)
+            scores = 2 * batch * c.heads * kept * 4
+            read = (2 if whole else 4) * batch * slots * c.kv_heads * c.head_dim * own
             attention = scores + read + rows * (2 * c.dim + 3 * c.heads * c.head_dim) * own
             feed_forward = copies + rows * (2 * c.dim + 2 * widest) * own
             most = max(most, later + max(attention + copies // 2, feed_forward))

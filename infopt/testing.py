@@ -7,6 +7,7 @@ measured against its own uncached stack, and the table says so.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -35,6 +36,8 @@ from infopt.cache import rollback
 from infopt.errors import InfoptError, nearest
 from infopt.evaluate import measure, windows
 from infopt.generation import _compiled, generate
+from infopt.kernels.decode_attention import xla
+from infopt.kernels.flash_attention import blockwise
 from infopt.model import Model, Weights, build
 from infopt.nnx import from_nnx
 from infopt.nnx.example import Transformer
@@ -210,6 +213,8 @@ def _verify_text(model: Model, params: Params, generation: bool, text: int) -> f
             got = np.asarray(logits[b, : count[b]], np.float64)
             worst = max(worst, float(np.abs(got - want[b][at[b] : at[b] + count[b]]).max(initial=0.0)) / spread)
         at += count
+        if step._cache_size() > 1:
+            raise Mismatch(f"{model.recipe}: calls of one shape were compiled {step._cache_size()} times.")
         if not np.array_equal(np.asarray(state.lengths), at):
             raise Mismatch(f"{model.recipe}: lengths are {state.lengths}, {at} were appended.")
 
@@ -407,6 +412,19 @@ def drop_programs() -> None:
     _compiled.cache_clear()
 
 
+@contextlib.contextmanager
+def small_blocks() -> Iterator[None]:
+    """Attention in blocks of 8, so that the contract's short texts have several of them."""
+    kept = blockwise.QUERIES, blockwise.KEYS, xla.FEWEST, xla.PLAIN
+    blockwise.QUERIES, blockwise.KEYS, xla.FEWEST, xla.PLAIN = 8, 8, 8, 16
+    build.cache_clear()
+    try:
+        yield
+    finally:
+        blockwise.QUERIES, blockwise.KEYS, xla.FEWEST, xla.PLAIN = kept
+        build.cache_clear()
+
+
 def wants_generation(spec: Spec) -> bool:
     """Logits are checked in every stack; tokens in speculative ones and in a third of the others."""
     return spec.program is not None or zlib.crc32(spec.to_json().encode()) % 3 == 0
@@ -496,6 +514,71 @@ def check_transform(transform: Transform, *, families: Sequence[str] = FULL, par
             raise Mismatch(f"{transform!r} is refused by every stack of {family}: {found[0].detail}")
 
 
+PRODUCT: dict[str, dict[str, tuple[Transform, ...]]] = {
+    "attention": {"plain": (), "flash": (flash_attention("blockwise"),)},
+    "key/value heads": {"2": (), "1": (gqa(1),)},
+    "window": {"none": (), "ring": (sliding_window(6),), "ring and sinks": (sliding_window(5, sinks=2),)},
+    "weights": {"32 bits": (), "8 bits": (quantize(bits=8),), "4 bits": (quantize(bits=4, group=16),)},
+    "keys and values": {"32 bits": (cache_kv(),), "8 bits": (cache_kv(bits=8),), "4 bits": (cache_kv(bits=4),)},
+    "layout": {"linear": (), "pages": (paged(4),)},
+}
+"""What attention may be set to, one choice a row; every combination is a stack."""
+
+
+def product() -> list[tuple[str, ...]]:
+    """Every combination of the choices in `PRODUCT`."""
+    return list(itertools.product(*PRODUCT.values()))
+
+
+def covering() -> list[tuple[str, ...]]:
+    """Few combinations that hold every pair of choices: each is the one with the most pairs that are still missing.
+
+    >>> len(covering()) < 15 < len(product())
+    True
+    """
+    axes = range(len(PRODUCT))
+    pairs = {each: {(i, j, each[i], each[j]) for i, j in itertools.combinations(axes, 2)} for each in product()}
+    missing, chosen = set().union(*pairs.values()), list[tuple[str, ...]]()
+    while missing:
+        chosen.append(max(pairs, key=lambda each: len(pairs[each] & missing)))
+        missing -= pairs[chosen[-1]]
+    return chosen
+
+
+def check_combination(choices: Sequence[str], family: str = "llama") -> Outcome:
+    """Hold one combination of `PRODUCT` to its oracle: ragged rows, chunks, rollbacks and generated tokens."""
+    model, params = base_of(family)
+    order = [t for axis, choice in zip(PRODUCT.values(), choices, strict=True) for t in axis[choice]]
+    made = apply_order(model, order)
+    try:
+        verify(made, made.convert(params))
+    except Mismatch as e:
+        return Outcome(family, tuple(choices), "failed", str(e))
+    return Outcome(family, tuple(choices), "equal")
+
+
+def _combinations(shard: tuple[int, int]) -> list[Outcome]:
+    jax.config.update("jax_platforms", "cpu")
+    found, mine = [], product()[shard[0] :: shard[1]]
+    with small_blocks():
+        for i, choices in enumerate(mine):
+            found.append(check_combination(choices))
+            if i % 20 == 19:
+                drop_programs()
+                print(f"  product, share {shard[0] + 1} of {shard[1]}: {i + 1} of {len(mine)}", file=sys.stderr)
+    return found
+
+
+def source_hash() -> str:
+    """A hash of the modules that stacks are made of: what was run on other sources says nothing of these."""
+    root, h = Path(__file__).parent, hashlib.sha256()
+    rooms = ("cache", "formats", "kernels", "masks", "model", "ops", "qtensor", "spec", "transforms")
+    for room in rooms:
+        for path in sorted(root.glob(f"{room}.py")) + sorted(root.glob(f"{room}/**/*.py")):
+            h.update(path.read_bytes())
+    return h.hexdigest()[:12]
+
+
 # --------------------------------------------------------------------------------------------------------- the table
 
 
@@ -544,7 +627,8 @@ def _share(family: str, depth: int, shard: tuple[int, int]) -> list[Outcome]:
                     file=sys.stderr,
                 )
 
-    return check_orders(family, everything(depth, family), shard, report, generation=depth > 1)
+    with small_blocks():
+        return check_orders(family, everything(depth, family), shard, report, generation=depth > 1)
 
 
 def matrix(family: str, depth: int, processes: int = 2) -> list[Outcome]:
@@ -555,6 +639,11 @@ def matrix(family: str, depth: int, processes: int = 2) -> list[Outcome]:
       depth: 2 for pairs, 3 for triples; 1 for each alone and a handful of pairs, logits only.
       processes: how many share the work; each compiles for itself.
     """
+    return _shared(functools.partial(_share, family, depth), processes)
+
+
+def _shared(share: Callable[[tuple[int, int]], list[Outcome]], processes: int) -> list[Outcome]:
+    """What `share((i, n))` gives in each of n processes, which compile cheaply."""
     flags = os.environ.get("XLA_FLAGS")
     os.environ["XLA_FLAGS"] = f"{flags or ''} {cheap_compilation()}"  # read by the processes when they start
     try:
@@ -562,7 +651,7 @@ def matrix(family: str, depth: int, processes: int = 2) -> list[Outcome]:
         ignore = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}
         with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"), **ignore) as pool:
             try:
-                shares = [pool.submit(_share, family, depth, (i, processes)) for i in range(processes)]
+                shares = [pool.submit(share, (i, processes)) for i in range(processes)]
                 return [outcome for share in shares for outcome in share.result()]
             except BaseException:
                 for child in multiprocessing.active_children():
@@ -590,6 +679,10 @@ def matrix_main(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     results = {key: matrix(*key, processes=args.processes) for key in chosen}
     text = markdown(results)
+    if (args.write or args.check) and len(chosen) == len(DOCUMENTED):
+        combined = _shared(_combinations, args.processes)
+        results["product", 0] = combined
+        text += product_markdown(combined)
     if args.write:
         Path(args.write).write_text(text, encoding="utf-8")
     elif not args.check:
@@ -627,6 +720,27 @@ def _of_families(text: str, families: Sequence[str] | None) -> str:
         if inside or any(line.startswith(f"| {family} |") for family in families):
             kept.append(line)
     return "\n".join(kept)
+
+
+def product_markdown(found: Sequence[Outcome]) -> str:
+    """The part of `docs/composition.md` that tells of `PRODUCT`."""
+    lines = [
+        "",
+        "## Every setting of attention with every other",
+        "",
+        "All combinations of one choice a row, over Llama's small model and in blocks of 8, each held to the float64",
+        "oracle: ragged rows, in chunks, after rollbacks, generated tokens, one compilation a shape.",
+        "",
+        "| setting | choices |",
+        "|---|---|",
+        *(f"| {axis} | {', '.join(choices)} |" for axis, choices in PRODUCT.items()),
+        "",
+        f"{len(found)} stacks, {sum(o.status == 'equal' for o in found)} equal to their oracle; every pair of choices is",
+        f"tried in CI ({len(covering())} stacks). Run on sources of hash `{source_hash()}`",
+        "(`infopt.testing.source_hash()` says that of the sources here).",
+    ]
+    failed = [o for o in found if o.status != "equal"]
+    return "\n".join(lines + [f"- {' | '.join(o.order)}: {o.detail}" for o in failed]) + "\n"
 
 
 def totals(found: Sequence[Outcome]) -> dict[str, int]:

@@ -22,6 +22,7 @@ install_import_hook(
     ["infopt.cache", "infopt.masks", "infopt.ops", "infopt.qtensor", "infopt.sampling"], "beartype.beartype"
 )
 
+from infopt import testing  # noqa: E402
 from infopt.model import FAMILIES  # noqa: E402 (after the hook that it goes through)
 from infopt.testing import cheap_compilation, drop_programs  # noqa: E402
 
@@ -64,6 +65,13 @@ def no_network(monkeypatch):
 def own_families() -> frozenset[str]:
     """The library's families, without those that other tests define in this process."""
     return OWN_FAMILIES
+
+
+@pytest.fixture
+def small_blocks():
+    """Attention in blocks that short texts have several of."""
+    with testing.small_blocks():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -124,12 +124,12 @@ def wrote(layout: Layout, table, positions: list[list[int]], keep: list[list[boo
     at = np.asarray(positions, np.int32)
     batch = at.shape[0]
     place = (batch, layout.slots) if layout.page is None else (batch * layout.pages * layout.page,)
-    old = jnp.full((1, *place, 1, 1), -1.0)
+    old = jnp.full((1, *place, 1), -1.0)
     values = 1000 + 100 * np.arange(batch)[:, None] + at
-    new = jnp.asarray(values[..., None, None], jnp.float32)
+    new = jnp.asarray(values[..., None], jnp.float32)
     table = None if table is None else jnp.asarray(table, jnp.int32)
     out = cache.write(old, new, jnp.int32(0), layout, table, jnp.asarray(at), jnp.asarray(keep))
-    return np.asarray(out)[0, ..., 0, 0]
+    return np.asarray(out)[0, ..., 0]
 
 
 def test_linear_write_past_the_end_is_dropped() -> None:
@@ -162,9 +162,9 @@ def test_paged_write_past_the_end_is_dropped_also_inside_the_last_page() -> None
 
 def test_reading_an_unallocated_page_gives_zeros_and_no_other_row() -> None:
     layout = Layout(4, page=2)
-    pool = jnp.arange(8, dtype=jnp.float32).reshape(1, 8, 1, 1) + 1
+    pool = jnp.arange(8, dtype=jnp.float32).reshape(1, 8, 1) + 1
     got = cache.read(pool, jnp.int32(0), layout, jnp.asarray([[3, -1], [-1, 0]], jnp.int32))
-    np.testing.assert_array_equal(np.asarray(got)[..., 0, 0], [[7, 8, 0, 0], [0, 0, 1, 2]])
+    np.testing.assert_array_equal(np.asarray(got)[..., 0], [[7, 8, 0, 0], [0, 0, 1, 2]])
 
 
 def test_a_cache_with_a_codec_is_written_and_read_leaf_by_leaf() -> None:
@@ -173,10 +173,10 @@ def test_a_cache_with_a_codec_is_written_and_read_leaf_by_leaf() -> None:
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 1, 1, 8)), jnp.float32)
     at = jnp.asarray([[2]], jnp.int32)
     full = cache.write(empty, cache.encode(x, codec), jnp.int32(1), layout, None, at, jnp.ones((1, 1), bool))
-    got = np.asarray(cache.decode(cache.read(full, jnp.int32(1), layout, None), jnp.float32))
+    got = np.asarray(cache.decode(cache.read(full, jnp.int32(1), layout, None), 1, jnp.float32))
     np.testing.assert_allclose(got[0, 2], np.asarray(x)[0, 0], atol=0.02)
     assert not got[0, [0, 1, 3]].any()
-    assert not np.asarray(cache.decode(cache.read(full, jnp.int32(0), layout, None), jnp.float32)).any()
+    assert not np.asarray(cache.decode(cache.read(full, jnp.int32(0), layout, None), 1, jnp.float32)).any()
 
 
 # ------------------------------------------------------------------------------------------------------ whole models
@@ -363,4 +363,4 @@ def test_pages_of_a_window_follow_the_window() -> None:
     state = model.init_state(3, 32, chunk=3)
     assert state.tables[0].shape == (3, 4)
     assert np.asarray(state.tables[0]).ravel().tolist() == list(range(12))
-    assert jax.tree.leaves(state.kv)[0].shape == (1, 3 * 4 * 2, 1, 8)
+    assert jax.tree.leaves(state.kv)[0].shape == (1, 3 * 4 * 2, 8)

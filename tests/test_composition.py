@@ -1,11 +1,14 @@
 """The promise: every order of transforms is refused with a reason, or equals its oracle."""
 
+import itertools
 import random
 
 import pytest
 
 from infopt import testing
 from infopt.errors import InfoptError
+
+pytestmark = pytest.mark.usefixtures("small_blocks")
 
 PAIRS, TRIPLES = 12, 6  # stacks sampled here for each family; all of them run in `infopt matrix --check`
 
@@ -44,6 +47,20 @@ def name(value):
 def test_stack_equals_its_oracle(family, group):
     for outcome in testing.check_orders(family, group):
         assert outcome.status == "equal", outcome.detail
+
+
+@pytest.mark.parametrize("choices", testing.covering(), ids=", ".join)
+def test_every_pair_of_attentions_settings_equals_its_oracle(choices):
+    """The product of all of them runs in `infopt matrix --write` and `--check`."""
+    outcome = testing.check_combination(choices)
+    assert outcome.status == "equal", outcome.detail
+
+
+def test_the_combinations_that_are_tried_hold_every_pair_of_choices():
+    tried = testing.covering()
+    for i, j in itertools.combinations(range(len(testing.PRODUCT)), 2):
+        one, two = (list(testing.PRODUCT.values())[n] for n in (i, j))
+        assert {(each[i], each[j]) for each in tried} == set(itertools.product(one, two))
 
 
 @pytest.mark.parametrize("family", [f for f in testing.FAMILIES if f not in testing.FULL])

@@ -10,19 +10,27 @@ import pytest
 
 import infopt as ip
 from infopt import cache, model, ops, qtensor, sampling, testing
+from infopt.kernels.decode_attention import xla
+from infopt.kernels.flash_attention import blockwise, options
 
 RING = "sliding_window(6) | cache_kv()"
 SINKS = "sliding_window(5, sinks=2) | cache_kv()"
+BLOCKS = "flash_attention('blockwise')"
 SPECULATIVE = "cache_kv() | speculative(self_draft(quantize(bits=4, group=16)), k=2)"
 
 # (what is broken, the object that holds the function, its name, a line of it, the line broken, stacks that must notice)
 BREAKS = [
     ("ring_one_slot_too_small", cache.Layout, "plan", "lookahead - 1", "lookahead - 2", [RING, SINKS]),
     ("ring_that_forgets_its_sinks", cache.Layout, "slot", "position < sinks", "position < 0", [SINKS]),
-    ("window_one_too_long", ops, "allowed", "k > q - window.size", "k >= q - window.size", [RING, "sliding_window(6)"]),
-    ("window_one_too_short", ops, "allowed", "k > q - window.size", "k > q - window.size + 1", ["sliding_window(6)"]),
-    ("sinks_hidden", ops, "allowed", "k < window.sinks", "k < 0", [SINKS]),
-    ("causality_off_by_one", ops, "allowed", "k <= q", "k <= q + 1", ["", RING]),
+    ("window_one_too_long", options, "seen", "key > query - size", "key >= query - size", [RING, "sliding_window(6)"]),
+    ("window_one_too_short", options, "seen", "key > query - size", "key > query - size + 1", ["sliding_window(6)"]),
+    ("sinks_hidden", options, "seen", "key < sinks", "key < 0", [SINKS]),
+    ("causality_off_by_one", options, "seen", "key <= query", "key <= query + 1", ["", RING]),
+    ("causality_off_by_one_by_block", options, "seen", "key <= query", "key <= query + 1", [BLOCKS]),
+    ("a_block_left_out", blockwise, "needed", "low <= last", "low + 8 <= last", [BLOCKS]),
+    ("sinks_counted_twice", blockwise._Blocks, "of", "jnp.where(at < n, -1, p.key)", "jnp.where(at < 0, -1, p.key)",
+     [BLOCKS + " | sliding_window(5, sinks=2)"]),
+    ("too_few_slots_read", xla, "_enough", "most >", "most - 4 >", ["cache_kv()"]),
     ("sink_seen_at_its_full_distance", ops, "sink_query_position", "jnp.minimum(query, window.size - 1)", "query",
      [SINKS, "sliding_window(5, sinks=2)"]),
     ("swapped_nibbles", qtensor, "unpack", "plane(k) for k in range(n)", "plane(n - 1 - k) for k in range(n)",
@@ -67,9 +75,8 @@ def verify(stack):
 
 @pytest.fixture
 def fresh_build():
-    model.build.cache_clear()
-    yield
-    model.build.cache_clear()
+    with testing.small_blocks():
+        yield
 
 
 @pytest.mark.parametrize(("owner", "name", "old", "new", "stacks"), [b[1:] for b in BREAKS], ids=[b[0] for b in BREAKS])

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
@@ -48,7 +49,7 @@ def only_on(platforms: Sequence[str], run: Callable[..., Any], args: tuple[Any, 
       InfoptError: when the program is lowered.
     """
     shapes, tree = jax.tree.flatten(jax.eval_shape(run, *args))
-    avals = tuple(jax.core.ShapedArray(s.shape, s.dtype) for s in shapes)
+    avals = tuple(ShapedArray(s.shape, s.dtype) for s in shapes)
 
     def refuse(*args: Any) -> Any:
         found = _refused.bind(*jax.tree.leaves(args), out=avals, what=what, platforms=tuple(platforms), fix=fix)

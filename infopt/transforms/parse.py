@@ -20,7 +20,8 @@ from infopt.transforms.sliding_window import sliding_window
 from infopt.transforms.speculative import self_draft, speculative
 
 FACTORIES: dict[str, Callable[..., Any]] = {
-    f.__name__: f for f in (quantize, dequantize, cache_kv, flash_attention, gqa, sliding_window, paged, speculative, self_draft)
+    f.__name__: f
+    for f in (quantize, dequantize, cache_kv, flash_attention, gqa, sliding_window, paged, speculative, self_draft)
 }
 """What a stack's text may name. A transform joins by one line here."""
 

@@ -69,7 +69,7 @@ def test_pages_twice_are_refused() -> None:
 def test_every_row_owns_its_pages_and_the_last_may_be_partial() -> None:
     state = (ip.cache_kv() | ip.paged(4))(BARE).init_state(3, 10)
     assert np.asarray(state.tables[0]).tolist() == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
-    assert jax.tree.leaves(state.kv)[0].shape == (1, 36, 1, 8)
+    assert jax.tree.leaves(state.kv)[0].shape == (1, 36, 8)
 
 
 def test_layers_of_other_windows_have_tables_of_their_own() -> None:

@@ -40,6 +40,12 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
 """By name. An implementation joins by its file and a line here."""
 
 
+def available(platform: str | None = None) -> list[str]:
+    """The names of the implementations that run compiled on a platform, the default backend's by default."""
+    platform = jax.default_backend() if platform is None else platform
+    return [name for name, i in IMPLEMENTATIONS.items() if platform in i.platforms]
+
+
 def decode_attention(
     q: Array,
     keys: Any,

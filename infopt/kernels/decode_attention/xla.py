@@ -35,10 +35,14 @@ def read_lengths(slots: int) -> list[int]:
 def forward(call: Call) -> tuple[Array, Array]:
     """The output `[B, T, H, D]` and the log-sum-exp of scores `[B, T, H]`."""
     lengths = read_lengths(call.layout.slots)
-    most = jnp.max(call.used)
-    at = sum((most > n).astype(jnp.int32) for n in lengths[:-1])
     branches = [functools.partial(_of_first, n) for n in lengths]
-    return branches[0](call) if len(branches) == 1 else jax.lax.switch(at, branches, call)
+    return branches[0](call) if len(branches) == 1 else jax.lax.switch(_enough(call, lengths), branches, call)
+
+
+def _enough(call: Call, lengths: list[int]) -> Array:
+    """Which of the lengths holds every row's slots in use."""
+    most = jnp.max(call.used)
+    return jnp.sum(most > jnp.asarray(lengths[:-1], jnp.int32), dtype=jnp.int32)
 
 
 def _of_first(n: int, call: Call) -> tuple[Array, Array]:

@@ -110,7 +110,7 @@ def flash_attention(
     (1, 3, 4, 8)
     """
     _check_shapes(q, k, v, sink_queries, segments, positions, lengths, offsets, sink_logits)
-    if window is not None and (window < 1 or sinks > window) or sinks < 0:
+    if (window is not None and (window < 1 or sinks > window)) or sinks < 0:
         raise InfoptError(
             f"flash_attention(window={window}, sinks={sinks})",
             why="a query sees at least itself, and a window holds its sinks.",
@@ -122,7 +122,8 @@ def flash_attention(
     )  # fmt: skip
     if positions is None:
         positions = _positions(q, k, lengths, offsets)
-    places = Places(*(x.astype(jnp.int32) for x in positions), *(segments or (None, None)))
+    query, key = (x.astype(jnp.int32) for x in positions)
+    places = Places(query, key, segments and segments[0], segments and segments[1])
     if not o.sinks:
         sink_queries = None
     name = _choice(q, k, v, o, implementation)
@@ -137,7 +138,7 @@ def flash_attention(
 
 
 def with_sink_logits(out: Array, lse: Array, logits: Array) -> Array:
-    """`out` `[B, T, H, E]` as it is with one more score a head, `[H]`, in the softmax's sum: out * sigmoid(lse - logit)."""
+    """`out` `[B, T, H, E]` with one more score a head, `[H]`, in the softmax's sum: out * sigmoid(lse - logit)."""
     share = jax.nn.sigmoid(lse - jnp.broadcast_to(logits.astype(jnp.float32), lse.shape))
     return (out.astype(jnp.float32) * share[..., None]).astype(out.dtype)
 
@@ -210,8 +211,7 @@ def _check_shapes(q: Array, k: Array, v: Array, sink_q: Any, segments: Any, posi
         raise refuse("positions beside lengths or offsets", "they say the same.", "one of the two")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def _core(
+def _forward(
     q: Array, sink_q: Any, k: Array, v: Array, places: Places, o: Options, name: str, interpret: bool
 ) -> tuple[Array, Array]:
     run = functools.partial(_named, o=o, interpret=interpret)
@@ -254,4 +254,5 @@ def _core_backward(o: Options, name: str, interpret: bool, kept: Any, d: tuple[A
     return (*found, None)
 
 
+_core: Any = jax.custom_vjp(_forward, nondiff_argnums=(5, 6, 7))
 _core.defvjp(_core_forward, _core_backward)

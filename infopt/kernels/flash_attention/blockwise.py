@@ -29,11 +29,9 @@ QUERIES, KEYS = 128, 512
 """Rows and columns of a block of scores: on a CPU, one that stays in the cache of a core."""
 
 
-def forward(
-    q: Array, sink_q: Any, k: Array, v: Array, places: Places, o: Options, queries: int = QUERIES, keys: int = KEYS
-) -> tuple[Array, Array]:
+def forward(q: Array, sink_q: Any, k: Array, v: Array, places: Places, o: Options) -> tuple[Array, Array]:
     """The output `[B, T, H, D]` and the log-sum-exp of scores `[B, T, H]`."""
-    b = _Blocks.of(q, sink_q, k, v, places, o, queries, keys)
+    b = _Blocks.of(q, sink_q, k, v, places, o)
 
     def row(i: Array) -> tuple[Array, Array]:
         q = jnp.take(b.q, i, 0)
@@ -42,7 +40,8 @@ def forward(
         start = jnp.full(shape, NEVER, jnp.float32), jnp.zeros(shape, jnp.float32)
         carry = (*start, jnp.zeros((*shape, width), jnp.float32))
         if b.sunk is not None:
-            carry = _step(carry, jnp.take(b.sink_q, i, 0), *b.sunk, b.sink_mask(i), o)
+            k, v = b.sunk
+            carry = _step(carry, jnp.take(b.sink_q, i, 0), k, v, b.sink_mask(i), o)
 
         def block(j: Array, carry: Any) -> Any:
             return jax.lax.cond(
@@ -68,27 +67,26 @@ def backward(
     lse: Array,
     d_out: Array,
     d_lse: Array,
-    queries: int = QUERIES,
-    keys: int = KEYS,
 ) -> tuple[Array, Any, Array, Array]:
     """The gradients of q, of the sinks' queries, of k and of v."""
-    b = _Blocks.of(q, sink_q, k, v, places, o, queries, keys)
+    b = _Blocks.of(q, sink_q, k, v, places, o)
     # a row's own share of every gradient of its scores: sum(d_out * out), less what the log-sum-exp asks for
     share = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1) - d_lse
     d_out, lse, share = b.rows(d_out), b.rows(lse[..., None])[..., 0], b.rows(share[..., None])[..., 0]
 
     def row(carry: Any, i: Array) -> Any:
         dk, dv, d_sunk = carry
-        q, at = jnp.take(b.q, i, 0), (jnp.take(d_out, i, 0), jnp.take(lse, i, 0), jnp.take(share, i, 0))
+        q, d, l, s = (jnp.take(x, i, 0) for x in (b.q, d_out, lse, share))
         dq, d_sink_q = jnp.zeros(q.shape, jnp.float32), jnp.zeros((), jnp.float32)
         if b.sunk is not None:
-            d_sink_q, *more = _gradients(jnp.take(b.sink_q, i, 0), *b.sunk, b.sink_mask(i), *at, o)
+            k, v = b.sunk
+            d_sink_q, *more = _gradients(jnp.take(b.sink_q, i, 0), k, v, b.sink_mask(i), d, l, s, o)
             d_sunk = tuple(old + new for old, new in zip(d_sunk, more))
 
         def block(j: Array, carry: Any) -> Any:
             def some(carry: Any) -> Any:
                 dq, dk, dv = carry
-                found = _gradients(q, b.k[j], b.v[j], b.mask(i, j), *at, o)
+                found = _gradients(q, b.k[j], b.v[j], b.mask(i, j), d, l, s, o)
                 return dq + found[0], dk.at[j].add(found[1]), dv.at[j].add(found[2])
 
             return jax.lax.cond(b.needed[i, j], some, lambda c: c, carry)
@@ -178,9 +176,9 @@ class _Blocks:
     dtype: Any
 
     @staticmethod
-    def of(q: Array, sink_q: Any, k: Array, v: Array, p: Places, o: Options, queries: int, keys: int) -> _Blocks:
+    def of(q: Array, sink_q: Any, k: Array, v: Array, p: Places, o: Options) -> _Blocks:
         length, key_length, heads = q.shape[1], k.shape[1], k.shape[2]
-        queries, keys = min(queries, _even(length)), min(keys, _even(key_length))
+        queries, keys = min(QUERIES, _even(length)), min(KEYS, _even(key_length))
         more, more_keys = -length % queries, -key_length % keys
         sunk = sink_places = None
         if n := min(o.sinks, key_length):

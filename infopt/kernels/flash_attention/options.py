@@ -109,7 +109,7 @@ def needed(o: Options, p: Places, queries: int, keys: int) -> Bool[Array, "B N M
 
 
 def visits(needed: Bool[Array, "B N M"]) -> tuple[Int[Array, "B N M"], Int[Array, "B N"]]:
-    """The blocks that are needed, in order, and how many. What follows them repeats the last one, to be fetched no more."""
+    """The blocks that are needed, in order, and how many. What follows repeats the last one, to be fetched no more."""
     count = jnp.sum(needed, -1, dtype=jnp.int32)
     order = jnp.argsort(~needed, axis=-1, stable=True).astype(jnp.int32)
     last = jnp.take_along_axis(order, jnp.maximum(count - 1, 0)[..., None], -1)

@@ -1,0 +1,160 @@
+"""`infopt bench attention`: every implementation that this machine runs, beside what its processor can do."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import infopt
+from infopt import models
+from infopt.errors import human
+from infopt.kernels import decode_attention as decode
+from infopt.kernels import flash_attention as flash
+from infopt.kernels.flash_attention.shapes import TIMED, Shape
+from infopt.sampling import Sampling
+from infopt.timing import timed, turns
+from infopt.transforms import cache_kv
+
+LENGTHS = (1024, 4096, 16384)
+"""Tokens at which memory is asked for."""
+SLOTS, AT = (256, 8192), 200
+"""Caches whose steps are compared, and the tokens that they hold."""
+
+
+def limits(repeats: int = 5) -> dict[str, float]:
+    """What this machine does at most, measured now: `flops` a second in a float32 product, `bytes` a second read."""
+    x = jax.random.normal(jax.random.key(0), (2048, 2048), jnp.float32)
+    big = jnp.zeros(64 * 2**20, jnp.float32)
+    product, total = jax.jit(lambda x: x @ x), jax.jit(jnp.sum)
+    taken = turns({"flops": lambda: timed(lambda: product(x)), "bytes": lambda: timed(lambda: total(big))}, repeats)
+    return {"flops": 2 * 2048**3 / min(taken["flops"]), "bytes": big.nbytes / min(taken["bytes"])}
+
+
+def _moved(shape: Shape) -> int:
+    """Bytes that have to be read and written whatever the implementation: queries, keys, values and the output."""
+    size = jnp.dtype(shape.dtype).itemsize
+    keys = shape.length if shape.window is None else min(shape.length, shape.queries + shape.window + shape.sinks)
+    width = shape.width + (shape.value_width or shape.width)
+    return size * shape.batch * width * (shape.queries * shape.heads + keys * shape.kv_heads)
+
+
+def rows(shapes: tuple[Shape, ...] = TIMED, repeats: int = 5) -> list[dict[str, Any]]:
+    """Median seconds of each shape with each implementation, in turn; FLOPs that count and bytes that must move."""
+    runs: dict[str, Callable[[], float]] = {}
+    for shape in shapes:
+        arrays, options = shape.arrays(), shape.options()
+        for name in flash.available():
+            call = jax.jit(lambda q, k, v, o=options, n=name: flash.flash_attention(q, k, v, **o, implementation=n))
+            runs[f"{shape.name}/{name}"] = lambda call=call, arrays=arrays: timed(lambda: call(*arrays))
+    taken, found = turns(runs, repeats), []
+    for shape in shapes:
+        for name in flash.available():
+            seconds = taken[f"{shape.name}/{name}"]
+            found.append(
+                {
+                    "shape": shape.name,
+                    "implementation": name,
+                    "seconds": float(np.median(seconds)),
+                    "fastest": min(seconds),
+                    "slowest": max(seconds),
+                    "flops": shape.flops,
+                    "bytes": _moved(shape),
+                }
+            )
+    return found
+
+
+def memory() -> list[dict[str, Any]]:
+    """Temporary bytes that XLA plans for SmolLM2's attention at `LENGTHS`, by implementation, and under a window."""
+    found = []
+    for length in LENGTHS:
+        shape = Shape("", queries=length, heads=9, kv_heads=3, width=64)
+        q, k, v = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in jax.eval_shape(shape.arrays))
+        for name in flash.available():
+            for window in (None, 512):
+                run = jax.jit(
+                    lambda q, k, v, n=name, w=window: flash.flash_attention(q, k, v, window=w, implementation=n)
+                )
+                plan = run.lower(q, k, v).compile().memory_analysis()
+                found.append(
+                    {"length": length, "implementation": name, "window": window, "bytes": plan.temp_size_in_bytes}
+                )
+    return found
+
+
+def steps(repeats: int = 5) -> dict[str, float]:
+    """Median seconds of a decoding step of SmolLM2's shape that holds `AT` tokens, by the slots of its cache."""
+    model = cache_kv()(models.llama(layers=30, dim=576, heads=9, kv_heads=3, mlp=1536, vocab=49152, context=8192))
+    params = jax.jit(model.init)(jax.random.key(0))
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 49152, (1, AT)), jnp.int32)
+    step, read = jax.jit(model.decode, donate_argnums=2), jax.jit(model.hidden, donate_argnums=2)
+    states = {slots: read(params, tokens, model.init_state(1, slots, chunk=AT))[1] for slots in SLOTS}
+
+    def run(slots: int) -> float:
+        last, sampling = jnp.ones(1, jnp.int32), Sampling.of(1)
+
+        def once() -> Any:
+            emitted, states[slots] = step(params, last, states[slots], sampling)
+            return emitted.tokens, states[slots].lengths
+
+        seconds = timed(once)
+        states[slots] = states[slots].replace(lengths=jnp.full(1, AT, jnp.int32))
+        return seconds
+
+    taken = turns({str(slots): lambda slots=slots: run(slots) for slots in SLOTS}, max(repeats, 5))
+    return {slots: float(np.median(seconds)) for slots, seconds in taken.items()}
+
+
+def attention(repeats: int = 5) -> dict[str, Any]:
+    """What `infopt bench attention` measures.
+
+    Args:
+      repeats: runs that a median is over.
+    """
+    return {
+        "device": f"{jax.devices()[0].device_kind} ({platform.machine()}, {os.cpu_count()} cores)",
+        "versions": {"infopt": infopt.__version__, "jax": jax.__version__},
+        "repeats": repeats,
+        "implementations": {"flash": flash.available(), "decode": list(decode.available())},
+        "limits": limits(repeats),
+        "rows": rows(repeats=repeats),
+        "memory": memory(),
+        "steps": steps(repeats),
+    }
+
+
+def main(args: argparse.Namespace) -> int:
+    """`infopt bench attention`."""
+    found = attention(args.repeats)
+    if args.json:
+        print(json.dumps(found))
+        return 0
+    top = found["limits"]
+    print(f"{found['device']}, jax {found['versions']['jax']}; medians of {found['repeats']} interleaved runs")
+    print(
+        f"at most, measured now: {top['flops'] / 1e9:.0f} GFLOP/s in a float32 product, {human(top['bytes'])}/s read\n"
+    )
+    print(f"{'shape':<32}{'implementation':<16}{'ms':>8}  {'GFLOP/s':>8} {'of most':>8}  {'bytes/s':>9}  of reference")
+    for row in found["rows"]:
+        plain = next(r for r in found["rows"] if r["shape"] == row["shape"] and r["implementation"] == "reference")
+        rate, s = row["flops"] / row["seconds"], row["seconds"]
+        print(
+            f"{row['shape']:<32}{row['implementation']:<16}{1e3 * s:>8.1f}  {rate / 1e9:>8.1f} "
+            f"{rate / top['flops']:>8.0%}  {human(row['bytes'] / s):>9}  {s / plain['seconds']:.2f}x its time"
+        )
+    print("\ntemporary memory of SmolLM2's attention (XLA's own plan)")
+    for row in found["memory"]:
+        window = f", window {row['window']}" if row["window"] else ""
+        print(f"  {row['length']:>6} tokens  {row['implementation'] + window:<28}{human(row['bytes']):>10}")
+    one, other = (found["steps"][str(slots)] for slots in SLOTS)
+    print(f"\na step of SmolLM2's shape at {AT} tokens: {1e3 * one:.1f} ms in a cache of {SLOTS[0]} slots,")
+    print(f"{1e3 * other:.1f} ms in one of {SLOTS[1]} ({other / one:.2f}x)")
+    return 0
