@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from infopt.qtensor import Format, QTensor
     from infopt.sampling import Sampling
     from infopt.spec import Config, Spec, Window, oracle
+    from infopt.train import uptrain
     from infopt.transforms import (
         Transform,
         cache_kv,
@@ -88,6 +89,7 @@ _NAMES = {
     "qtensor": ("Format", "QTensor"),
     "sampling": ("Sampling",),
     "spec": ("Config", "Spec", "Window", "oracle"),
+    "train": ("uptrain",),
     "transforms": (
         "Transform",
         "cache_kv",

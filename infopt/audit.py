@@ -20,7 +20,7 @@ import numpy as np
 
 from infopt.errors import AuditError, InfoptError, ParamsError
 from infopt.io import load
-from infopt.model import FAMILIES, Model, Weights, check_names, check_params, check_weight, segments, shapes
+from infopt.model import FAMILIES, Model, Weights, check_names, check_params, check_weight, is_matrix, segments, shapes
 from infopt.qtensor import Format, is_qtensor, quantize_array
 from infopt.spec import Spec
 from infopt.transforms.base import Transform
@@ -379,7 +379,7 @@ def _lines(prefix: str, spec: Spec, replay: _Replay, params: Params, totals: dic
     known, formats, found = shapes(spec), dict(spec.weights), dict[str, Line]()
     for names, x, stacked in _stacks(spec, params):
         each, shape, count = _nbytes(x) // len(names), known[names[0]], len(names)
-        kind = "vectors" if len(shape) < 2 else "packed matrices" if is_qtensor(x) else "dense matrices"
+        kind = "vectors" if not is_matrix(names[0], shape) else "packed matrices" if is_qtensor(x) else "dense matrices"
         totals[kind] = [a + count * b for a, b in zip(totals[kind], (1, each, math.prod(shape)))]
         if kind == "vectors":
             continue

@@ -75,11 +75,8 @@ BENCH_EXAMPLES = """\
 examples:
   infopt bench generate
   infopt bench generate --model ./model.gguf --repeats 9
-<<<<<<< HEAD
-  infopt bench tpu --out docs/tpu.json
-=======
   infopt bench attention
->>>>>>> attention
+  infopt bench tpu --out docs/tpu.json
 """
 
 
@@ -295,8 +292,7 @@ def _add_matrix(commands: Any) -> None:
         "--depth",
         type=int,
         choices=[1, 2, 3],
-        default=2,
-        help="1: each alone, and a handful of pairs; 3: triples too (default: %(default)s)",
+        help="1: each alone, and a handful of pairs; 3: triples too (default: 2, of --check and --write all)",
     )
     parser.add_argument("--processes", type=_count, default=1, metavar="N", help="share the work out (default 1)")
     group = parser.add_mutually_exclusive_group()
@@ -348,20 +344,11 @@ def _add_bench(commands: Any) -> None:
         commands, "bench", "measure speed, interleaved, and print medians; or compile for TPUs", BENCH_EXAMPLES
     )
     parser.set_defaults(command=_bench)
-<<<<<<< HEAD
     parser.add_argument(
         "what",
-        choices=["generate", "tpu"],
-        help="generate: prefill and decode, against a yardstick; tpu: what kernels and steps take on TPUs, without "
-        "one: they are compiled, not run",
-    )
-    parser.add_argument("--out", metavar="FILE", help="tpu: write JSON to FILE too")
-=======
->>>>>>> attention
-    parser.add_argument(
-        "what",
-        choices=["generate", "attention"],
-        help="generate: prefill and decode, against a yardstick; attention: its implementations, time and memory",
+        choices=["generate", "attention", "tpu"],
+        help="generate: prefill and decode, against a yardstick; attention: its implementations, time and memory; tpu: "
+        "what kernels and steps take on TPUs, without one: they are compiled, not run",
     )
     parser.add_argument(
         "--model", default="smollm2-135m", metavar="MODEL", help="of generate, as for it (default: %(default)s)"
@@ -370,6 +357,7 @@ def _add_bench(commands: Any) -> None:
         "--repeats", type=_count, default=5, metavar="N", help="a median is over N runs (default: %(default)s)"
     )
     parser.add_argument("--json", action="store_true", help="one JSON object in place of a table")
+    parser.add_argument("--out", metavar="FILE", help="tpu: write JSON to FILE too")
 
 
 @contextlib.contextmanager
@@ -537,19 +525,12 @@ def _ablate(args: argparse.Namespace) -> int:
 
 def _bench(args: argparse.Namespace) -> int:
     if args.what == "tpu":
-        os.environ.setdefault("JAX_PLATFORMS", "cpu")  # or JAX looks for the TPU itself
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")  # or JAX would use libtpu, and find no TPU
     _prepare_jax(keep=False)  # compile seconds are of a first compilation
-<<<<<<< HEAD
-    if args.what == "tpu":
-        from infopt import tpu
-
-        return tpu.main(args)
-    from infopt import bench
-=======
+    from infopt import tpu
     from infopt.bench import attention, generation
->>>>>>> attention
 
-    return {"generate": generation, "attention": attention}[args.what].main(args)
+    return {"generate": generation, "attention": attention, "tpu": tpu}[args.what].main(args)
 
 
 if __name__ == "__main__":

@@ -155,6 +155,15 @@ def shapes(spec: Spec) -> dict[str, tuple[int, ...]]:
     return {name: leaf.shape for name, leaf in _abstract(spec.family, spec.config).items()}
 
 
+def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a weight is a matrix, or one an expert; the biases of experts have two axes too, and are none.
+
+    >>> is_matrix("mlp.experts.up", (4, 192, 64)), is_matrix("mlp.experts.up_bias", (4, 192))
+    (True, False)
+    """
+    return len(shape) > 1 and not name.endswith("_bias")
+
+
 @dataclasses.dataclass(frozen=True)
 class Segment:
     """A run of blocks of one structure; a block is one period of layers.

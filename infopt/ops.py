@@ -80,6 +80,11 @@ def linear(x: Float[Array, "*B I"], weights: Any, layer: Any = None, bias: Any =
     return y.reshape(*x.shape[:-1], -1)
 
 
+def vector(stack: Any, layer: Any) -> Array:
+    """One layer of vectors `[L, ...]`; itself where `layer` is None."""
+    return _at(stack, layer)
+
+
 def embed(table: Any, tokens: Int[Array, "*B"]) -> Float[Array, "*B D"]:
     """Rows of a table `[V, D]`, dense or packed."""
     if not is_qtensor(table):
@@ -104,16 +109,19 @@ def layer_norm(x: Float[Array, "*B D"], weight: Any, bias: Any, layer: Any, eps:
     return (y * w + b).astype(x.dtype)
 
 
-def route(x: Float[Array, "*B D"], router: Any, layer: Any, k: int, normalise: bool) -> Float[Array, "*B E"]:
+def route(
+    x: Float[Array, "*B D"], router: Any, layer: Any, k: int, normalise: bool, bias: Any = None
+) -> Float[Array, "*B E"]:
     """The share of each expert in each token: a softmax over all, of which the k likeliest stay (Jiang et al. 2024).
 
     Args:
       x: `[..., D]`.
       router: `[E, D]`, or with `layer` stacks of it.
       k: experts a token.
-      normalise: whether the shares that stay are divided by their sum.
+      normalise: whether the shares that stay are divided by their sum: then they are a softmax over the k alone.
+      bias: added to the scores, `[E]`, or with `layer` stacks of it.
     """
-    shares = jax.nn.softmax(linear(x, router, layer).astype(jnp.float32), -1)
+    shares = jax.nn.softmax(linear(x, router, layer, bias).astype(jnp.float32), -1)
     top, chosen = jax.lax.top_k(shares, k)
     if normalise:
         top = top / jnp.sum(top, -1, keepdims=True)
@@ -192,7 +200,7 @@ CACHED: dict[str, str | None] = {
     "reference": "xla",
     "blockwise": "xla",
     "pallas_tpu": "pallas_tpu",
-    "pallas_gpu": "xla",
+    "pallas_gpu": "pallas_gpu",
     FLASH: None,
 }
 """For a Spec's attention, what reads a cache."""
@@ -249,7 +257,8 @@ def attend(
       rope: rotates queries and keys to positions.
       scale: multiplies scores.
       softcap: scores become softcap * tanh(score / softcap).
-      sink_logits: one more score a head that has no value, as gpt-oss learns it.
+      sink_logits: one more score a head, neither scaled nor capped, that takes its share and has no value (OpenAI 2025,
+        "gpt-oss-120b & gpt-oss-20b Model Card", section 2.2). The sinks of a window are positions, and apart from it.
       context: bound by `build`.
 
     Returns:

@@ -30,7 +30,7 @@ from infopt.io import open_model
 from infopt.io.checkpoint import DTYPES
 from infopt.kernels.decode_attention import xla
 from infopt.kernels.flash_attention import blockwise
-from infopt.model import Model, build, check_length, context_limit, segments, shapes, window_groups
+from infopt.model import Model, build, check_length, context_limit, is_matrix, segments, shapes, window_groups
 from infopt.models import llama
 from infopt.qtensor import Format, blank, is_qtensor, quantize_array
 from infopt.spec import Spec
@@ -300,7 +300,7 @@ def _pairs(spec: Spec, first: int, last: int) -> int:
 def _call(spec: Spec, params: Params, cache: int, batch: int, first: int, last: int, heads: int) -> Work:
     """One call of `hidden` on positions first .. last - 1 of each row, and of `head` on `heads` of them."""
     c = spec.config
-    matrices = sum(math.prod(s) for name, s in shapes(spec).items() if name.startswith("layers.") and len(s) > 1)
+    matrices = sum(math.prod(s) for n, s in shapes(spec).items() if n.startswith("layers.") and is_matrix(n, s))
     flops = 2 * matrices * (last - first) + 2 * c.vocab * c.dim * heads  # 2 a weight a token
     flops += 4 * c.heads * c.head_dim * _pairs(spec, first, last)  # scores, and values
     table = _largest_table(params)

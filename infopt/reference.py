@@ -168,8 +168,12 @@ def attention(
     window: Window | None,
     kv: Any,
     cap: float | None = None,
+    sinks: Float64 | None = None,
 ) -> Float64:
-    """Causal attention of q `[T, H, D]` over k and v `[T, K, D]`, as `[T, H * D]`."""
+    """Causal attention of q `[T, H, D]` over k and v `[T, K, D]`, as `[T, H * D]`.
+
+    `sinks` `[H]` are one more score of each query, whose value is 0.
+    """
     length, heads, _ = q.shape
     at = np.arange(length)
     query, key = at[:, None], at[None, :]
@@ -186,9 +190,11 @@ def attention(
     if cap is not None:
         scores = cap * np.tanh(scores / cap)
     scores = np.where(visible, scores, -np.inf)
+    if sinks is not None:
+        scores = np.append(scores, np.tile(sinks[:, None, None], (1, length, 1)), -1)
     weight = np.exp(scores - scores.max(-1, keepdims=True))
     weight = weight / weight.sum(-1, keepdims=True)
-    return np.einsum("hqp,phd->qhd", weight, v).reshape(length, -1)
+    return np.einsum("hqp,phd->qhd", weight[..., :length], v).reshape(length, -1)
 
 
 class Layer:
@@ -269,6 +275,39 @@ def smollm3(spec: Spec, weights: Mapping[str, Any], tokens: NDArray[np.int64]) -
     return decoder(spec, weights, tokens, lambda i: rope if c.rotated[i % len(c.rotated)] else unrotated)
 
 
+def clamped_mixture(p: Layer, h: Float64, c: Any) -> Float64:
+    """Each token through the best-scored experts, whose shares are a softmax over these alone."""
+    scores, out = p.linear(h, "mlp.router"), np.zeros_like(h)
+
+    def expert(name: str, e: int, x: Float64) -> Float64:
+        return p[f"mlp.experts.{name}"][e] @ x + p[f"mlp.experts.{name}_bias"][e]
+
+    for t, token in enumerate(h):
+        best = np.argsort(-scores[t])[: c.experts_used]
+        shares = np.exp(scores[t, best] - scores[t, best].max())
+        for share, e in zip(shares / shares.sum(), best):
+            gate = np.minimum(expert("gate", e, token), c.swiglu_limit)
+            up = np.maximum(np.minimum(expert("up", e, token), c.swiglu_limit), -c.swiglu_limit)
+            out[t] += share * expert("down", e, (up + 1) * gate / (1 + np.exp(-c.swiglu_alpha * gate)))
+    return out
+
+
+def gpt_oss(spec: Spec, weights: Mapping[str, Any], tokens: NDArray[np.int64]) -> Float64:
+    c: Any = spec.config
+    rope = rotary(c.rope_theta, c.head_dim, c.rope_scaling)
+    embed = dequantize(weights["embed"])
+    x = embed[tokens]
+    for i in range(c.layers):
+        p = Layer(weights, i)
+        h = rms_norm(x, p["attn_norm"], c.norm_eps)
+        q, k, v = (p.heads(h, f"attn.{n}", c.head_dim) for n in "qkv")
+        h = attention(q, k, v, rope, c.head_dim**-0.5, spec.window[i], spec.kv, sinks=p["attn.sinks"])
+        x = x + p.linear(h, "attn.o")
+        x = x + clamped_mixture(p, rms_norm(x, p["mlp_norm"], c.norm_eps), c)
+    x = rms_norm(x, dequantize(weights["final_norm"]), c.norm_eps)
+    return x @ (dequantize(weights["head"]) if "head" in weights else embed).T
+
+
 def gemma(spec: Spec, weights: Mapping[str, Any], tokens: NDArray[np.int64]) -> Float64:
     """Gemma 2 and 3: the former caps scores and logits, the latter norms queries and keys and has two ropes."""
     c: Any = spec.config
@@ -322,6 +361,7 @@ def gpt2(spec: Spec, weights: Mapping[str, Any], tokens: NDArray[np.int64]) -> F
 REFERENCES: dict[str, Callable[[Spec, Mapping[str, Any], NDArray[np.int64]], Float64]] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "phi3", "mixtral", "qwen3_moe"), llama),
     "smollm3": smollm3,
+    "gpt_oss": gpt_oss,
     "gemma2": gemma,
     "gemma3": gemma,
     "gpt2": gpt2,

@@ -90,6 +90,8 @@ attention by block. Stacked in full pairs with the examples over the first famil
 
 _SIZES = dict(layers=3, dim=32, heads=4, kv_heads=2, head_dim=16, mlp=48, vocab=61, context=64, tied=False)
 _YARN = YarnRope(factor=4.0, original_context=16, beta_fast=2.0, attention_factor=1.1)
+_YARN_APART: dict[str, Any] = dict(rope_theta=40.0, rope_scaling=dataclasses.replace(_YARN, truncate=False))
+"""By this base some pairs lie between the two bounds, so that rounding these would show."""
 
 
 def _flax() -> Model:
@@ -109,6 +111,7 @@ FAMILIES: dict[str, Callable[[], Model]] = {
     "gpt2": lambda: models.gpt2(**_SIZES | dict(kv_heads=4)),
     "mixtral": lambda: models.mixtral(**_SIZES, experts=4),
     "qwen3_moe": lambda: models.qwen3_moe(**_SIZES, experts=4, experts_used=3),
+    "gpt_oss": lambda: models.gpt_oss(**_SIZES, experts=4, window=7, swiglu_limit=0.8, **_YARN_APART),
     "nnx": _flax,
 }
 """Small models that the contract stacks them on. A family joins by one line."""
@@ -672,14 +675,15 @@ def matrix_main(args: argparse.Namespace) -> int:
                 why="the contract has a small model of each.",
                 fix=nearest(family, list(FAMILIES)),
             )
-    chosen = tuple((f, args.depth) for f in args.family or FULL)
+    chosen = tuple((f, args.depth or 2) for f in args.family or FULL)
     if args.write or args.check:
         some = args.family if args.check and args.family else FAMILIES
-        chosen = tuple((family, depth) for family, depth in DOCUMENTED if family in some)
+        most = args.depth if args.check and args.depth else 3
+        chosen = tuple((family, min(depth, most)) for family, depth in DOCUMENTED if family in some)
     start = time.perf_counter()
     results = {key: matrix(*key, processes=args.processes) for key in chosen}
     text = markdown(results)
-    if (args.write or args.check) and len(chosen) == len(DOCUMENTED):
+    if (args.write or args.check) and chosen == DOCUMENTED:
         combined = _shared(_combinations, args.processes)
         results["product", 0] = combined
         text += product_markdown(combined)
@@ -692,8 +696,9 @@ def matrix_main(args: argparse.Namespace) -> int:
     print(f"{time.perf_counter() - start:.0f} s", file=sys.stderr)
     if args.check:
         said = Path(args.check).read_text(encoding="utf-8")
-        families = None if len(chosen) == len(DOCUMENTED) else [family for family, _ in chosen]
-        said, text = (_of_families(each, families) for each in (said, text))
+        families = None if chosen == DOCUMENTED else [family for family, _ in chosen]
+        counts = all(key in DOCUMENTED for key in chosen)
+        said, text = (_of_families(each, families, counts) for each in (said, text))
         if said != text:
             print(
                 f"{args.check} says otherwise than what was seen; infopt matrix --write {args.check}", file=sys.stderr
@@ -703,8 +708,10 @@ def matrix_main(args: argparse.Namespace) -> int:
     return 1 if any(o.status == "failed" for found in results.values() for o in found) else 0
 
 
-def _of_families(text: str, families: Sequence[str] | None) -> str:
+def _of_families(text: str, families: Sequence[str] | None, counts: bool = True) -> str:
     r"""What a page says of some families: their totals, and the tables of their pairs; all of it where there are none.
+
+    Without `counts`, for a page of less depth, the tables of pairs alone.
 
     >>> print(_of_families("# X\n| a | 1 |\n| b | 2 |\n## a: pairs\nyes\n## b: pairs\nno\n## Why\n", ["b"]))
     | b | 2 |
@@ -716,8 +723,8 @@ def _of_families(text: str, families: Sequence[str] | None) -> str:
     kept, inside = [], False
     for line in text.splitlines():
         if line.startswith("## "):
-            inside = any(line.startswith(f"## {family}: ") for family in families)
-        if inside or any(line.startswith(f"| {family} |") for family in families):
+            inside = any(line.startswith(f"## {family}: {'' if counts else 'pairs'}") for family in families)
+        if inside or (counts and any(line.startswith(f"| {family} |") for family in families)):
             kept.append(line)
     return "\n".join(kept)
 
@@ -735,8 +742,8 @@ def product_markdown(found: Sequence[Outcome]) -> str:
         "|---|---|",
         *(f"| {axis} | {', '.join(choices)} |" for axis, choices in PRODUCT.items()),
         "",
-        f"{len(found)} stacks, {sum(o.status == 'equal' for o in found)} equal to their oracle; every pair of choices is",
-        f"tried in CI ({len(covering())} stacks). Run on sources of hash `{source_hash()}`",
+        f"{len(found)} stacks, {sum(o.status == 'equal' for o in found)} equal to their oracle; every pair of choices",
+        f"is tried in CI ({len(covering())} stacks). Run on sources of hash `{source_hash()}`",
         "(`infopt.testing.source_hash()` says that of the sources here).",
     ]
     failed = [o for o in found if o.status != "equal"]

@@ -1,7 +1,9 @@
-"""Training: a language-model loss, AdamW, checkpoints that resume exactly.
+"""Training: a language-model loss, a teacher's distribution, AdamW, checkpoints that resume exactly.
 
-    loss(params) = mean over tokens of -log softmax(logits)[next token], in float32
+    loss(params) = (1 - mix) * mean over tokens of -log softmax(logits)[next token]
+                 + mix * mean over tokens of T^2 KL(softmax(teacher's logits / T) || softmax(logits / T)), in float32
 
+What is trained is the stack's dense weights, through its functions without a cache. Packed weights stay as they are.
 The batch of a step is a function of (seed, step) alone, so a run that was killed and goes on from its last checkpoint
 ends with the very params of one that was not.
 """
@@ -11,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,8 @@ import numpy as np
 import optax
 
 from infopt.errors import InfoptError, PromptError
-from infopt.model import Model, check_params
+from infopt.model import Model, check_length, check_params, is_matrix, trainable
+from infopt.spec import oracle
 from infopt.typing import Array, Params
 
 
@@ -41,6 +44,8 @@ class Training:
       decay: weight decay, of matrices.
       clip: the most that the gradients' global norm may be.
       seed: of the batches.
+      mix: the share of the teacher's distribution in the loss, 0 to 1; the text's own tokens have the rest.
+      temperature: T, which divides both models' logits where they are compared.
     """
 
     steps: int
@@ -53,6 +58,8 @@ class Training:
     decay: float = 0.1
     clip: float = 1.0
     seed: int = 0
+    mix: float = 0.0
+    temperature: float = 1.0
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("batch", 1), ("length", 2), ("accumulate", 1), ("warmup", 0), ("seed", 0)):
@@ -65,6 +72,16 @@ class Training:
                 raise InfoptError(
                     f"{name}={value!r} is no plan for training.", why="it is a size.", fix=f"a number, {name} >= 0"
                 )
+        if not 0 <= self.mix <= 1:
+            raise InfoptError(
+                f"mix={self.mix!r} is no share.",
+                why="the loss is part the teacher's distribution, part the text's tokens.",
+                fix="0 <= mix <= 1",
+            )
+        if not 0 < self.temperature < float("inf"):
+            raise InfoptError(
+                f"temperature={self.temperature!r} divides no logits.", why="it scales them.", fix="temperature > 0"
+            )
         if self.batch % self.accumulate:
             raise InfoptError(
                 f"a batch of {self.batch} texts cannot be read in {self.accumulate} equal parts.",
@@ -83,18 +100,23 @@ def fit(
     tokens: Any,
     plan: Training,
     *,
+    teacher: tuple[Model, Params] | None = None,
     folder: str | Path | None = None,
     every: int = 200,
     until: int | None = None,
     progress: bool = True,
 ) -> tuple[Params, np.ndarray]:
-    """Train dense params on one long text.
+    """Train a stack's dense weights on one long text.
+
+    Packed weights stay as they are. A cache is left out while training, and with it the rounding of its keys and
+    values, which has no slope; what comes back are params of the stack as it was given.
 
     Args:
-      model: a stack without packed weights, cache or draft.
-      params: where to begin, float32; they are left as they are.
+      model: a stack without a draft.
+      params: where to begin, what is dense of them float32; they are left as they are.
       tokens: `[N]`, the text; texts of `plan.length` tokens are cut out of it anywhere.
       plan: what to do.
+      teacher: a stack of the same vocabulary and its params, whose logits `plan.mix` counts.
       folder: where checkpoints go. A run that finds its own there goes on from the latest.
       every: steps between checkpoints.
       until: the step to stop before, for now; by default the plan's last.
@@ -116,20 +138,22 @@ def fit(
     >>> bool(losses[-1] < losses[0] / 2)
     True
     """
-    text = _check(model, params, tokens, plan)
+    text = _check(model, params, tokens, plan, teacher)
     last = plan.steps if until is None else min(until, plan.steps)
-    update, optimiser = _compile(model, plan, params)
+    dense, join = trainable(params)
+    update, optimiser = _compile(model, plan, dense, teacher)
     step, losses = 0, np.zeros(plan.steps, np.float32)
-    own = jax.tree.map(jnp.array, params)  # updated in place
+    own = jax.tree.map(jnp.array, dense)  # updated in place
     state = own, optimiser.init(own)
-    with _checkpoints(folder, _fingerprint(model, params, text, plan)) as kept:
+    held = params, None if teacher is None or not plan.mix else teacher[1]
+    with _checkpoints(folder, _fingerprint(model, params, text, plan, teacher)) as kept:
         if kept is not None and (latest := kept.latest()) is not None:
             step = latest
             state, before = kept.restore(latest, (state, losses))
             losses = np.array(before)
         with _bar(plan.steps, progress) as show:
             while step < last:
-                state, loss = update(state, batch_of(text, plan, step))
+                state, loss = update(state, held, batch_of(text, plan, step))
                 losses[step] = loss
                 if not np.isfinite(losses[step]):
                     raise InfoptError(
@@ -141,7 +165,68 @@ def fit(
                 show(step, losses[:step])
                 if kept is not None and (step % every == 0 or step == last):
                     kept.save(step, (state, losses))
-    return state[0], losses[:step]
+    return join(state[0]), losses[:step]
+
+
+def uptrain(
+    model: Model,
+    params: Params,
+    *,
+    teacher: tuple[Model, Params],
+    text: str | Sequence[str] | Sequence[int] | np.ndarray,
+    steps: int,
+    mix: float = 0.9,
+    temperature: float = 1.0,
+    rate: float = 1e-3,
+    batch: int = 8,
+    length: int = 256,
+    accumulate: int = 1,
+    seed: int = 0,
+    folder: str | Path | None = None,
+    every: int = 50,
+    progress: bool = True,
+) -> tuple[Params, np.ndarray]:
+    """Win back what a conversion lost: train a stack to say what its teacher says, on a little text.
+
+        loss = mix * T^2 KL(softmax(teacher / T) || softmax(student / T)) - (1 - mix) * log softmax(student)[next token]
+
+    `fit` with a plan for this purpose: a tenth of the steps warm up, then the rate falls to a twentieth by a cosine;
+    no weight decay. What is trained of a stack, and what a killed run does, `fit` says. `mix=0` is training alone, as
+    in the paper on uptraining.
+
+    Source: Ainslie et al. 2023, "GQA", section 2.1 (uptraining); Hinton et al. 2015, "Distilling the Knowledge in a
+    Neural Network", section 2.
+
+    Args:
+      model, params: the stack, converted: the student.
+      teacher: `(model, params)` of the same vocabulary; the model before its conversion, say.
+      text: a text or documents for `model.tokenizer`, or token ids; the longer, the better.
+      steps: updates.
+      mix, temperature, rate, batch, length, accumulate, seed: as in `Training`; texts are cut to the models' contexts.
+      folder, every, progress: as in `fit`.
+
+    Returns:
+      The trained params, and the loss of each step (nats a token, before its update).
+
+    Raises:
+      InfoptError: other vocabularies, a draft, or as `fit`.
+      PromptError: the text is too short, or needs a tokenizer.
+
+    >>> import infopt as ip, jax, numpy as np
+    >>> model = ip.models.llama(vocab=8, layers=1, dim=16, kv_heads=2)
+    >>> params, small = model.init(jax.random.key(0)), ip.gqa(1)(model)
+    >>> text, start = np.arange(400) % 8, small.convert(params)
+    >>> _, losses = ip.uptrain(small, start, teacher=(model, params), text=text, steps=30, length=16, progress=False)
+    >>> bool(losses[-1] < losses[0])
+    True
+    """
+    tokens = _encode(model, text)
+    contexts = [m.spec.config.context for m in (model, teacher[0])]
+    plan = Training(
+        steps, batch, min(length, *contexts), accumulate, rate, max(steps // 10, 1), decay=0.0, seed=seed,
+        mix=mix, temperature=temperature,
+    )  # fmt: skip
+    return fit(model, params, tokens, plan, teacher=teacher, folder=folder, every=every, progress=progress)
 
 
 def batch_of(text: np.ndarray, plan: Training, step: int) -> np.ndarray:
@@ -153,45 +238,125 @@ def batch_of(text: np.ndarray, plan: Training, step: int) -> np.ndarray:
 
 def loss_of(model: Model, params: Params, tokens: Array) -> Array:
     """The mean negative log-likelihood of `tokens` `[B, T]` after each row's first, in nats a token."""
-    logits = model.apply(params, tokens)[0][:, :-1].astype(jnp.float32)
+    return _next_token_loss(_logits(model, params, tokens), tokens)
+
+
+def distillation_loss(student: Array, teacher: Array, temperature: float = 1.0) -> Array:
+    """How far a student's distribution is from its teacher's, in nats a token.
+
+        loss = T^2 * mean over tokens of KL(softmax(teacher / T) || softmax(student / T))
+
+    T^2 keeps the gradients' size from falling as T grows. No gradient reaches the teacher.
+
+    Source: Hinton et al. 2015, "Distilling the Knowledge in a Neural Network", section 2.
+
+    Args:
+      student, teacher: logits, `[..., V]`.
+      temperature: T.
+
+    Returns:
+      A float32 scalar, 0 where both say the same.
+
+    >>> import jax.numpy as jnp
+    >>> logits = jnp.log(jnp.array([[0.5, 0.25, 0.25]]))
+    >>> [round(float(distillation_loss(jnp.zeros((1, 3)), logits, t)), 4) for t in (1.0, 2.0)]
+    [0.0589, 0.0569]
+    """
+    p, q = (jax.nn.log_softmax(x.astype(jnp.float32) / temperature) for x in (jax.lax.stop_gradient(teacher), student))
+    return temperature**2 * jnp.mean(jnp.sum(jnp.exp(p) * (p - q), -1))
+
+
+def _next_token_loss(logits: Array, tokens: Array) -> Array:
     return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]))
 
 
-def _compile(model: Model, plan: Training, params: Params) -> tuple[Any, optax.GradientTransformation]:
+def _logits(model: Model, params: Params, tokens: Array) -> Array:
+    """Of each token but the last, which nothing follows: `[B, T - 1, V]`, float32."""
+    return model.apply(params, tokens)[0][:, :-1].astype(jnp.float32)
+
+
+def _uncached(model: Model, codec: bool) -> Model:
+    """The same functions without a cache; with or without the rounding of its keys and values."""
+    spec = oracle(model.spec).replace(attention=model.spec.attention)  # whose backward pass saves memory
+    return Model(spec if codec else spec.replace(kv=None))
+
+
+def _compile(
+    model: Model, plan: Training, dense: Params, teacher: tuple[Model, Params] | None
+) -> tuple[Any, optax.GradientTransformation]:
+    student = _uncached(model, codec=False)
+    master = None if teacher is None or not plan.mix else _uncached(teacher[0], codec=True)
     # Stacked over layers, a norm has two axes, as a matrix has outside them.
-    decayed = jax.tree_util.tree_map_with_path(lambda path, x: x.ndim > (2 if path[0].key == "segments" else 1), params)
+    decayed = jax.tree_util.tree_map_with_path(
+        lambda path, x: is_matrix(path[-1].key, x.shape[path[0].key == "segments" :]), dense
+    )
     optimiser = optax.chain(
         optax.clip_by_global_norm(plan.clip),
         optax.adamw(plan.schedule(), b2=0.95, weight_decay=plan.decay, mask=decayed),
     )
 
-    def update(state: tuple[Params, Any], rows: Array) -> tuple[tuple[Params, Any], Array]:
-        params, moments = state
+    def update(state: tuple[Params, Any], held: Any, rows: Array) -> tuple[tuple[Params, Any], Array]:
+        own, moments = state
+        _, join = trainable(held[0])  # packed weights are arguments, or the program would hold a copy of them
 
         def part(total: tuple[Array, Params], tokens: Array) -> tuple[tuple[Array, Params], None]:
-            found = jax.value_and_grad(lambda p: loss_of(model, p, tokens))(params)
-            return jax.tree.map(jnp.add, total, found), None
+            target = None if master is None else _logits(master, held[1], tokens)
 
-        none = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
+            def loss(dense: Params) -> Array:
+                logits = _logits(student, join(dense), tokens)
+                own = _next_token_loss(logits, tokens)
+                if target is None:
+                    return own
+                return (1 - plan.mix) * own + plan.mix * distillation_loss(logits, target, plan.temperature)
+
+            return jax.tree.map(jnp.add, total, jax.value_and_grad(loss)(own)), None
+
+        none = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, own))
         total, _ = jax.lax.scan(part, none, rows)
         loss, grads = jax.tree.map(lambda x: x / plan.accumulate, total)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes its counts with floats
-            changes, moments = optimiser.update(grads, moments, params)
-            new: Any = optax.apply_updates(params, changes)
+            changes, moments = optimiser.update(grads, moments, own)
+            new: Any = optax.apply_updates(own, changes)
         return (new, moments), loss
 
     return jax.jit(update, donate_argnums=0), optimiser
 
 
-def _check(model: Model, params: Params, tokens: Any, plan: Training) -> np.ndarray:
-    check_params(model.spec, params)
-    if model.spec.weights or model.spec.cache or model.spec.program:
-        raise InfoptError(
-            f"{model!r:.80} cannot be trained.",
-            why="gradients do not reach packed weights, nor what a cache has kept.",
-            fix="train the stack without quantize, cache_kv and speculative, then apply them",
+def _encode(model: Model, text: Any) -> Any:
+    """Token ids of a text, or of documents one after the other; ids as they are."""
+    documents = [text] if isinstance(text, str) else text
+    if not isinstance(documents, list | tuple) or not documents or not all(isinstance(x, str) for x in documents):
+        return text
+    if model.tokenizer is None:
+        raise PromptError(
+            "a text was given to a model without a tokenizer.",
+            why="a text becomes token ids by the tokenizer that the model was trained with.",
+            fix="token ids, or a model loaded with its tokenizer",
         )
-    if any(x.dtype != jnp.float32 for x in jax.tree.leaves(params)):
+    return np.concatenate([np.asarray(model.tokenizer.encode(each), np.int32) for each in documents])
+
+
+def _check(
+    model: Model, params: Params, tokens: Any, plan: Training, teacher: tuple[Model, Params] | None
+) -> np.ndarray:
+    if teacher is None and plan.mix:
+        raise InfoptError(
+            f"mix={plan.mix} has no teacher.",
+            why="it is the share of a teacher's distribution in the loss.",
+            fix="teacher=(model, params), or mix=0",
+        )
+    for what, one in (("student", model), *([("teacher", teacher[0])] if teacher else [])):
+        if one.spec.program:
+            raise InfoptError(
+                f"the {what} is a speculative stack, which cannot be trained or taught from as a pair.",
+                why="its draft and its target are two models; the text is the target's alone, whatever the draft.",
+                fix="the stack without speculative, and its own params; apply speculative afterwards",
+            )
+    check_params(model.spec, params)
+    if teacher is not None:
+        check_params(teacher[0].spec, teacher[1])
+        _check_teacher(model, teacher[0], plan)
+    if any(x.dtype != jnp.float32 for x in jax.tree.leaves(trainable(params)[0])):
         raise InfoptError(
             "params of 16 bits cannot be trained.",
             why="a small step would vanish in their rounding.",
@@ -217,6 +382,19 @@ def _check(model: Model, params: Params, tokens: Any, plan: Training) -> np.ndar
             fix="the model's own tokenizer: model.tokenizer.encode(text)",
         )
     return text.astype(np.int32)
+
+
+def _check_teacher(model: Model, teacher: Model, plan: Training) -> None:
+    mine, theirs = model.tokenizer, teacher.tokenizer
+    words = model.spec.config.vocab, teacher.spec.config.vocab
+    if words[0] != words[1] or (mine is not None and theirs is not None and mine.digest != theirs.digest):
+        counts = f"knows {words[1]} words, the student {words[0]}" if words[0] != words[1] else "has another tokenizer"
+        raise InfoptError(
+            f"the teacher {counts}.",
+            why="logits are compared word by word.",
+            fix="a teacher with the student's tokenizer: the model that it was converted from, say",
+        )
+    check_length(teacher.spec, plan.length, f"texts of {plan.length} tokens, which the teacher is to read,")
 
 
 # ------------------------------------------------------------------------------------------------------- checkpoints
@@ -280,16 +458,23 @@ def _checkpoints(folder: str | Path | None, run: dict[str, Any]) -> Iterator[_Ke
         remarks.setLevel(level)
 
 
-def _fingerprint(model: Model, params: Params, text: np.ndarray, plan: Training) -> dict[str, Any]:
-    start = hashlib.sha256()
-    for leaf in jax.tree.leaves(params):
-        start.update(np.ascontiguousarray(leaf).tobytes())
+def _fingerprint(
+    model: Model, params: Params, text: np.ndarray, plan: Training, teacher: tuple[Model, Params] | None
+) -> dict[str, Any]:
     return {
         "plan": dataclasses.asdict(plan),
         "spec": model.spec.to_json(),
-        "params": start.hexdigest(),
+        "params": _digest(params),
         "text": hashlib.sha256(text.tobytes()).hexdigest(),
+        "teacher": [teacher[0].spec.to_json(), _digest(teacher[1])] if teacher and plan.mix else None,
     }
+
+
+def _digest(params: Params) -> str:
+    found = hashlib.sha256()
+    for leaf in jax.tree.leaves(params):
+        found.update(np.ascontiguousarray(leaf).tobytes())
+    return found.hexdigest()
 
 
 @contextmanager

@@ -67,8 +67,8 @@ def broken(function, old, new):
     return namespace[function.__name__]
 
 
-def verify(stack):
-    bare, params = testing.base_of("llama")
+def verify(stack, family="llama"):
+    bare, params = testing.base_of(family)
     made = ip.parse_stack(stack)(bare)
     return testing.verify(made, made.convert(params))
 
@@ -87,6 +87,19 @@ def test_a_break_is_noticed(owner, name, old, new, stacks, monkeypatch, fresh_bu
     for stack in stacks:
         with pytest.raises(testing.Mismatch):
             verify(stack)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("if sink_logits is not None:", "if False:"),
+        (".reshape(1, k.shape[2], -1, 1, 1)", "[::-1].reshape(1, k.shape[2], -1, 1, 1)"),
+    ],
+)
+def test_learned_sinks_left_out_or_of_other_heads_are_noticed(old, new, monkeypatch, fresh_build):
+    monkeypatch.setattr(ops, "attend", broken(ops.attend, old, new))
+    with pytest.raises(testing.Mismatch):
+        verify("sliding_window(5, sinks=2) | cache_kv()", "gpt_oss")
 
 
 def test_keys_that_skip_the_codec_are_noticed(monkeypatch, fresh_build):

@@ -89,6 +89,33 @@ OWN = ip.Model.of(
 )
 
 
+@pytest.mark.parametrize("window", [None, Window(5), Window(5, sinks=2)])
+@pytest.mark.parametrize("cap", [None, 1.5])
+def test_a_learned_sink_is_one_more_key_without_a_value(window: Window | None, cap: float | None) -> None:
+    """Beside any mask, and beside the sinks of a window, which are positions: an extra column of the softmax."""
+    q, k, v = (jax.random.normal(jax.random.key(i), (2, 12, 4 if i == 0 else 2, 8)) for i in range(3))
+    sinks = jnp.array([-1.0, 0.0, 1.5, 4.0])
+    at = jnp.broadcast_to(jnp.arange(12, dtype=jnp.int32)[None], (2, 12))
+    context = ops.Context(at, at >= 0, jnp.full(2, 12), window, None)
+
+    def attend(values: Any, sinks: Any = None) -> np.ndarray:
+        how = {"rope": lambda u, positions: u, "scale": 0.7, "softcap": cap, "context": context}
+        return np.asarray(ops.attend(q, k, values, None, None, sink_logits=sinks, **how)[0], np.float64)
+
+    scores = 0.7 * np.einsum("bqhd,bphd->bhqp", q, np.repeat(k, 2, 2), dtype=np.float64)
+    scores = scores if cap is None else cap * np.tanh(scores / cap)
+    query, key = np.arange(12)[:, None], np.arange(12)
+    seen = key <= query
+    if window is not None:
+        seen &= (key > query - window.size) | (key < window.sinks)
+    scores = np.exp(np.where(seen, scores, -np.inf))
+    total = scores.sum(-1, keepdims=True) + np.exp(np.asarray(sinks, np.float64))[None, :, None, None]
+    want = np.einsum("bhqp,bphd->bqhd", scores / total, np.repeat(v, 2, 2))
+    np.testing.assert_allclose(attend(v, sinks), want, atol=1e-5)
+    assert attend(jnp.ones_like(v), sinks).max() < 0.999  # shares no longer add up to one
+    np.testing.assert_allclose(attend(v, jnp.full(4, -1e9)), attend(v), atol=1e-6)
+
+
 def test_a_family_of_ones_own_takes_the_transforms_and_equals_its_oracle() -> None:
     """Without a numpy reference, the oracle is its own uncached stack."""
     model = (ip.quantize(bits=4, group=8) | ip.sliding_window(6, sinks=1, layers=[1]) | ip.cache_kv())(OWN)

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from infopt.models import Gemma3Config, LlamaConfig
+from infopt.models import Gemma3Config, GptOssConfig, LlamaConfig
 from infopt.qtensor import Format
 from infopt.reference import REFERENCES, dequantize, reference, rotary, round_kv
-from infopt.spec import LinearRope, Llama3Rope, Spec, Window
+from infopt.spec import LinearRope, Llama3Rope, Spec, Window, YarnRope
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 
@@ -145,6 +145,76 @@ def test_goldens_would_show_a_mistake(name: str) -> None:
     for wrong in specs:
         ours = reference(wrong, weights_of(name), golden["tokens"][0])
         assert np.abs(ours[golden["positions"]] - golden["logits"][0]).max() > 1e-3, wrong
+
+
+GPT_OSS = GptOssConfig(
+    vocab=131,
+    dim=36,
+    layers=3,
+    heads=4,
+    kv_heads=2,
+    head_dim=12,
+    context=128,
+    mlp=14,
+    rope_theta=800.0,
+    tied=False,
+    window=7,
+    experts=5,
+    experts_used=2,
+    swiglu_alpha=1.5,
+    swiglu_limit=1.2,
+    rope_scaling=YarnRope(
+        factor=4.0, original_context=64, beta_fast=4.0, attention_factor=0.1 * math.log(4) + 1, truncate=False
+    ),
+)
+
+
+def gpt_oss_weights() -> dict[str, np.ndarray]:
+    """Of experts in one, gates and ups alternate, and matrices are `[in, out]`."""
+    names = LAYER | NORMS["llama"] | {"mlp.router": "mlp.router", "self_attn": "attn.sinks"}
+    weights: dict[str, np.ndarray] = {}
+    for key, value in load_file(FIXTURES / "gpt_oss" / "model.safetensors").items():
+        if key.removesuffix(".weight") in TOP:
+            weights[TOP[key.removesuffix(".weight")]] = value
+            continue
+        _, _, layer, rest = key.split(".", 3)
+        start = f"layers.{layer}."
+        if ".experts." in rest:
+            bias = "_bias" * rest.endswith("_bias")
+            rows = value if bias else value.swapaxes(1, 2)
+            if "gate_up" in rest:
+                weights[f"{start}mlp.experts.gate{bias}"] = rows[:, 0::2]
+                weights[f"{start}mlp.experts.up{bias}"] = rows[:, 1::2]
+            else:
+                weights[f"{start}mlp.experts.down{bias}"] = rows
+        else:
+            stem, _, kind = rest.rpartition(".")
+            weights[start + names[stem] + "_bias" * (kind == "bias")] = value
+    return weights
+
+
+def test_the_reference_of_gpt_oss_equals_transformers_and_its_golden_would_show_a_mistake() -> None:
+    golden, weights = np.load(FIXTURES / "gpt_oss" / "golden.npz"), gpt_oss_weights()
+    spec = Spec(family="gpt_oss", config=GPT_OSS, window=GPT_OSS.windows())
+    assert golden["logits"].std() > 1
+
+    def error(spec: Spec, weights: dict[str, np.ndarray], row: int = 0) -> float:
+        ours = reference(spec, weights, golden["tokens"][row])
+        return float(np.abs(ours[golden["positions"]] - golden["logits"][row]).max())
+
+    assert max(error(spec, weights, row) for row in (0, 1)) < 1e-4
+    scaling = GPT_OSS.rope_scaling
+    changes: list[dict[str, Any]] = [
+        {"swiglu_limit": 7.0}, {"swiglu_alpha": 1.702}, {"experts_used": 3}, {"norm_eps": 1e-3},
+        {"rope_scaling": dataclasses.replace(scaling, truncate=True)},
+        {"rope_scaling": dataclasses.replace(scaling, beta_fast=8.0)},
+    ]  # fmt: skip
+    specs = [spec.replace(config=dataclasses.replace(GPT_OSS, **change)) for change in changes]
+    specs += [spec.replace(window=tuple(w and Window(w.size + d) for w in spec.window)) for d in (-1, 1)]
+    assert min(error(wrong, weights) for wrong in specs) > 1e-3
+    for part in ("attn.sinks", "attn.o_bias", "mlp.router_bias", "mlp.experts.up_bias", "mlp.experts.down_bias"):
+        assert error(spec, weights | {f"layers.1.{part}": 0 * weights[f"layers.1.{part}"]}) > 1e-3, part
+    assert error(spec, weights | {"layers.1.attn.sinks": weights["layers.1.attn.sinks"][::-1]}) > 1e-3
 
 
 def test_family_without_reference_is_refused_and_can_join() -> None:

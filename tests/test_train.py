@@ -17,7 +17,8 @@ import infopt.train as training
 from infopt import reference
 from infopt.errors import InfoptError
 from infopt.model import Weights
-from infopt.train import Training, batch_of, fit, loss_of
+from infopt.qtensor import is_qtensor
+from infopt.train import Training, batch_of, distillation_loss, fit, loss_of
 
 MODEL = ip.models.llama(vocab=11, layers=2, dim=16, context=64)
 START = MODEL.init(jax.random.key(0))
@@ -29,9 +30,23 @@ def same(a: Any, b: Any) -> bool:
     return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
+POOLED = ip.gqa(1)(MODEL)
+SMALL = POOLED.convert(START)
+TAUGHT = dataclasses.replace(PLAN, mix=0.5, temperature=2.0)
+RUNS: dict[str, dict[str, Any]] = {
+    "whole": dict(model=MODEL, params=START, tokens=TEXT, plan=PLAN, teacher=None),
+    "taught": dict(model=POOLED, params=SMALL, tokens=TEXT, plan=TAUGHT, teacher=(MODEL, START)),
+}
+
+
 @pytest.fixture(scope="module")
 def whole() -> tuple[Any, np.ndarray]:
-    return fit(MODEL, START, TEXT, PLAN)
+    return fit(**RUNS["whole"])
+
+
+@pytest.fixture(scope="module")
+def taught() -> tuple[Any, np.ndarray]:
+    return fit(**RUNS["taught"])
 
 
 def test_the_loss_is_the_references() -> None:
@@ -56,9 +71,9 @@ def test_the_params_given_are_left_as_they_are(whole: Any) -> None:
     assert same(START, MODEL.init(jax.random.key(0))) and not same(START, whole[0])
 
 
-@pytest.mark.parametrize("stop", [1, 3, 5])
+@pytest.mark.parametrize(("stop", "run"), [(1, "whole"), (3, "taught"), (5, "whole")])
 def test_a_run_that_is_killed_goes_on_to_the_very_same_params(
-    stop: int, whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stop: int, run: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Killed(BaseException):
         pass
@@ -68,15 +83,19 @@ def test_a_run_that_is_killed_goes_on_to_the_very_same_params(
             raise Killed
         return batch_of(text, plan, step)
 
+    want, given = request.getfixturevalue(run), RUNS[run]
     with monkeypatch.context() as patch:
         patch.setattr(training, "batch_of", kill)
         with pytest.raises(Killed):
-            fit(MODEL, START, TEXT, PLAN, folder=tmp_path, every=2)
+            fit(**given, folder=tmp_path, every=2)
+    if given["teacher"]:
+        with pytest.raises(InfoptError, match="teacher differ"):
+            fit(**given | dict(teacher=(MODEL, jax.tree.map(lambda x: 2 * x, START))), folder=tmp_path, every=2)
     seen = []
     monkeypatch.setattr(training, "batch_of", lambda *args: (seen.append(args[2]), batch_of(*args))[1])
-    params, losses = fit(MODEL, START, TEXT, PLAN, folder=tmp_path, every=2)
+    params, losses = fit(**given, folder=tmp_path, every=2)
     assert seen == list(range(stop // 2 * 2, 7)), "from the latest checkpoint on"
-    assert same(params, whole[0]) and np.array_equal(losses, whole[1])
+    assert same(params, want[0]) and np.array_equal(losses, want[1])
 
 
 def test_a_run_that_is_done_is_not_done_again(whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,6 +154,9 @@ def test_a_loss_that_is_no_number_ends_the_run_with_the_last_checkpoint_kept(tmp
         (dict(rate=float("nan")), "rate=nan"),
         (dict(decay=-1.0), "decay=-1"),
         (dict(batch=3, accumulate=2), "equal parts"),
+        (dict(mix=1.5), "mix=1.5"),
+        (dict(mix=float("nan")), "mix=nan"),
+        (dict(temperature=0.0), "temperature=0"),
     ],
 )
 def test_a_plan_that_is_none_is_refused(change: dict[str, Any], said: str) -> None:
@@ -158,11 +180,115 @@ def test_what_cannot_be_trained_is_refused(change: dict[str, Any], said: str) ->
         fit(MODEL, given["params"], given["tokens"], given["plan"])
 
 
-@pytest.mark.parametrize("transform", [ip.quantize(bits=8), ip.cache_kv()], ids=repr)
-def test_a_stack_that_gradients_do_not_reach_is_refused(transform: ip.Transform, tmp_path: Path) -> None:
-    model = transform(MODEL)
-    with pytest.raises(InfoptError, match="cannot be trained"):
-        fit(model, model.convert(START), TEXT, PLAN)
+def packed(params: Any) -> list[Any]:
+    return [x for x in jax.tree.leaves(params, is_leaf=is_qtensor) if is_qtensor(x)]
+
+
+def test_of_packed_weights_the_dense_part_is_trained() -> None:
+    model = ip.quantize(bits=8)(MODEL)
+    start = model.convert(START)
+    params, losses = fit(model, start, np.arange(500) % 11, dataclasses.replace(PLAN, steps=30, rate=1e-2))
+    assert losses[-1] < 0.6 * losses[0]
+    assert packed(start) and same(packed(params), packed(start))
+    dense, before = ip.trainable(params)[0], ip.trainable(start)[0]
+    assert not any(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(dense), jax.tree.leaves(before), strict=True))
+
+
+def test_a_cached_stack_is_trained_as_if_it_had_no_cache(whole: Any) -> None:
+    """Also where its cache rounds, through which no gradient can be asked."""
+    model = (ip.cache_kv(bits=8) | ip.paged(4))(MODEL)
+    params, losses = fit(model, model.convert(START), TEXT, PLAN)
+    assert same(params, whole[0]) and np.array_equal(losses, whole[1])
+
+
+def test_a_speculative_stack_is_refused_as_student_and_as_teacher() -> None:
+    pair = (ip.cache_kv() | ip.speculative(ip.self_draft()))(MODEL)
+    params = pair.convert(START)
+    with pytest.raises(InfoptError, match="the student is a speculative stack") as e:
+        fit(pair, params, TEXT, PLAN)
+    assert "without speculative" in e.value.fix
+    with pytest.raises(InfoptError, match="the teacher is a speculative stack"):
+        ip.uptrain(POOLED, SMALL, teacher=(pair, params), text=TEXT, steps=1)
+
+
+# ------------------------------------------------------------------------------------------------------- with a teacher
+
+
+@pytest.mark.parametrize("temperature", [0.5, 3.0])
+def test_the_distillation_loss_is_hintons(temperature: float) -> None:
+    student, teacher = np.random.default_rng(1).normal(size=(2, 3, 4, 11))
+
+    def softmax(x: np.ndarray) -> np.ndarray:
+        x = np.exp(x / temperature)
+        return x / x.sum(-1, keepdims=True)
+
+    p, q = softmax(teacher), softmax(student)
+    want = temperature**2 * np.mean(np.sum(p * np.log(p / q), -1))
+    args = jnp.asarray(student, jnp.float32), jnp.asarray(teacher, jnp.float32)
+    assert float(distillation_loss(*args, temperature)) == pytest.approx(want, rel=1e-5)
+    mine, theirs = jax.grad(distillation_loss, (0, 1))(*args, temperature)
+    np.testing.assert_allclose(mine, temperature * (q - p) / 12, atol=1e-6)  # what T^2 is for
+    assert not np.asarray(theirs).any()
+
+
+def test_a_taught_runs_loss_is_the_mix_that_it_says(taught: Any) -> None:
+    rows = jnp.asarray(batch_of(TEXT, TAUGHT, 0)[0], jnp.int32)
+    student, teacher = (m.apply(p, rows)[0][:, :-1] for m, p in ((POOLED, SMALL), (MODEL, START)))
+    chosen = jnp.take_along_axis(jax.nn.log_softmax(student), rows[:, 1:, None], -1)
+    want = -0.5 * jnp.mean(chosen) + 0.5 * distillation_loss(student, teacher, 2.0)
+    assert float(taught[1][0]) == pytest.approx(float(want), rel=1e-5)
+
+
+def test_uptraining_brings_a_pooled_model_back_to_its_teacher() -> None:
+    def sharp(path: Any, x: Any) -> Any:
+        return 4 * x if path[-1].key in ("attn.v", "attn.o") else x
+
+    teacher = MODEL, jax.tree_util.tree_map_with_path(sharp, START)
+    start, rows = POOLED.convert(teacher[1]), jnp.arange(48).reshape(4, 12) * 7 % 11
+
+    def far(params: Any) -> float:
+        return float(distillation_loss(POOLED.apply(params, rows)[0], MODEL.apply(teacher[1], rows)[0]))
+
+    plan: dict[str, Any] = dict(steps=60, mix=1.0, batch=8, length=24, rate=1e-2, progress=False)
+    params, losses = ip.uptrain(POOLED, start, teacher=teacher, text=TEXT, **plan)
+    assert len(losses) == 60 and losses[-1] < losses[0] / 4
+    assert far(params) < far(start) / 4
+
+
+@pytest.mark.parametrize(
+    ("teacher", "said"),
+    [
+        (ip.models.llama(vocab=12, layers=1, dim=16), "the teacher knows 12 words, the student 11"),
+        (ip.models.llama(vocab=11, layers=1, dim=16, context=8), "which the teacher is to read"),
+    ],
+)
+def test_a_teacher_that_cannot_teach_is_refused(teacher: ip.Model, said: str) -> None:
+    with pytest.raises(InfoptError, match=said):
+        fit(MODEL, START, TEXT, TAUGHT, teacher=(teacher, teacher.init(jax.random.key(0))))
+
+
+def test_a_teacher_of_another_tokenizer_is_refused_and_text_needs_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Words:
+        def __init__(self, digest: str) -> None:
+            self.digest = digest
+
+        def encode(self, text: str) -> list[int]:
+            return [ord(c) % 11 for c in text]
+
+    one, other = (dataclasses.replace(MODEL, tokenizer=Words(d)) for d in "ab")
+    with pytest.raises(InfoptError, match="another tokenizer"):
+        fit(one, START, TEXT, TAUGHT, teacher=(other, START))
+    with pytest.raises(InfoptError, match="without a tokenizer"):
+        ip.uptrain(MODEL, START, teacher=(MODEL, START), text="some text", steps=1)
+    monkeypatch.setattr(training, "fit", lambda model, params, tokens, *_, **__: tokens)
+    ids = [ord(c) % 11 for c in "some text"]
+    for text in ("some text", ["some", " text"], ids, np.array(ids)):
+        assert list(ip.uptrain(one, START, teacher=(one, START), text=text, steps=1)) == ids  # type: ignore[comparison-overlap]
+
+
+def test_a_share_without_a_teacher_is_refused() -> None:
+    with pytest.raises(InfoptError, match="has no teacher"):
+        fit(POOLED, SMALL, TEXT, TAUGHT)
 
 
 def test_a_stack_of_windows_and_pooled_heads_is_trained() -> None:

@@ -27,7 +27,7 @@ def load(name_or_path: str | Path, dtype: str = "float32", context: int | None =
       dtype: what the weights become: "float32", "bfloat16" or "float16"; or "keep": what a quantised checkpoint holds
         packed stays so, without loss, as QTensors, and all else becomes float32. That is a GGUF file's Q4_0, Q4_1,
         Q8_0, Q4_K, Q5_K and Q6_K blocks (a warning lists what was packed in other ways), and the codes and scales of
-        GPTQ, AWQ, FP8 and compressed-tensors. A saved stack's weights keep the types in which they were saved.
+        GPTQ, AWQ, FP8, MXFP4 and compressed-tensors. A saved stack's weights keep the types in which they were saved.
       context: tokens that a text will have at most. Models whose positions are stretched by how long a text is (dynamic
         and longrope scaling) are stretched for this length; others are just held to it. The model's own by default.
 

@@ -78,21 +78,34 @@ class Source:
       start: the first row of the tensor that is this weight's.
       of: rows that the tensor has in all, where it holds several weights; None where it holds this one alone.
       transposed: it is stored `[in, out]`.
+      step: from one of this weight's rows to the next, where the rows of several alternate.
+      stacked: the tensor is that of all experts, one after the other.
     """
 
     files: tuple[str, ...]
     start: int = 0
     of: int | None = None
     transposed: bool = False
+    step: int = 1
+    stacked: bool = False
+
+    def rows(self, part: slice) -> slice:
+        """The rows of the tensor that are some of the weight's.
+
+        >>> Source(("gate_up",), start=1, of=8, step=2).rows(slice(0, 3))
+        slice(1, 6, 2)
+        """
+        return slice(self.start + part.start * self.step, self.start + (part.stop - 1) * self.step + 1, self.step)
 
 
 def file_shapes(sources: Mapping[str, Source], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """The shape that each tensor of the checkpoint must have."""
     wanted: dict[str, tuple[int, ...]] = {}
     for name, where in sources.items():
-        shape = shapes[name] if len(where.files) == 1 else shapes[name][1:]
+        shape = shapes[name][1:] if len(where.files) > 1 or where.stacked else shapes[name]
         shape = shape if where.of is None else (where.of, *shape[1:])
-        wanted |= dict.fromkeys(where.files, shape[::-1] if where.transposed else shape)
+        shape = shape[::-1] if where.transposed else shape
+        wanted |= dict.fromkeys(where.files, (*shapes[name][:1], *shape) if where.stacked else shape)
     return wanted
 
 

@@ -192,11 +192,17 @@ def _write_safetensors(path: Path, spec: Spec, weights: Weights, types: dict[str
 
 def _rows(file: str, parts: list[tuple[Source, np.ndarray]]) -> Iterator[np.ndarray]:
     """A tensor out of the weights that it holds, a few rows at a time."""
+    if parts[0][0].stacked:  # an expert after the other, the rows of several weights in turn
+        for expert in zip(*(x for _, x in parts)):
+            rows = np.stack(expert, 1).reshape(-1, *expert[0].shape[1:])
+            yield rows.T if parts[0][0].transposed else rows
+        return
     held = [x[where.files.index(file)] if len(where.files) > 1 else x for where, x in parts]
     if parts[0][0].transposed:
-        rows = held[0].shape[1], sum(x.shape[0] for x in held)
-        return (np.concatenate([x[:, part].T for x in held], axis=1) for part in row_chunks(rows))
-    return (x[part] for x in held for part in row_chunks(x.shape))
+        shape = held[0].shape[1], sum(x.shape[0] for x in held)
+        yield from (np.concatenate([x[:, part].T for x in held], axis=1) for part in row_chunks(shape))
+    else:
+        yield from (x[part] for x in held for part in row_chunks(x.shape))
 
 
 def _write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:

@@ -37,11 +37,12 @@ from infopt.io.checkpoint import (
 )
 from infopt.io.tokenizer import Tokenizer, read_text
 from infopt.io.unknown import Asked, Candidate, unknown_architecture
-from infopt.model import FAMILIES, Model, aligned_empty, shapes
+from infopt.model import FAMILIES, Model, aligned_empty, is_matrix, shapes
 from infopt.models import (
     Gemma2Config,
     Gemma3Config,
     GPT2Config,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -443,6 +444,18 @@ def _write_gemma3_layers(c: Gemma3Config) -> dict[str, Any]:
     return settings
 
 
+def _read_each_other(c: _Json, fields: dict[str, Any]) -> dict[str, Any]:
+    local = _locals(c, fields["layers"], lambda i: i % 2 == 0)
+    absent = None if "sliding_window" in c.values else 128  # null is no window, and layers of one then have no size
+    return {"window": c.get("sliding_window", int, absent) if True in local else None, "local": local}
+
+
+def _write_each_other(c: GptOssConfig) -> dict[str, Any]:
+    # a size is said even of no window, and plain positions are said, as transformers has defaults of its own for both
+    plain = {"rope_scaling": {"rope_type": "default"}} if c.rope_scaling is None else {}
+    return _write_locals(c) | ({"sliding_window": c.context} if c.window is None else {}) | plain
+
+
 _LAYER = {
     "attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm",
     "attn.q": "self_attn.q_proj", "attn.k": "self_attn.k_proj", "attn.v": "self_attn.v_proj",
@@ -480,6 +493,8 @@ class Published:
       turned_in_part: not all of a head need be turned.
       layer: what a layer's weights are called; `{}` is an expert; where several are called the same, they are the rows
         of one tensor, in this order.
+      bare: those of these names that have no `.weight` behind them, and `_bias` in place of `.bias`. Such a tensor of
+        experts holds all of them, `[experts, in, out]`; the rows of several in one alternate.
       top: what the other weights are called; layers: what the list of layers is.
       prefixes: what may stand before a name; the first is written.
       transposed: matrices are stored `[in, out]`.
@@ -498,6 +513,7 @@ class Published:
     rope_layers: str = ""
     turned_in_part: bool = False
     layer: Mapping[str, str] = dataclasses.field(default_factory=lambda: dict(_LAYER))
+    bare: tuple[str, ...] = ()
     top: Mapping[str, str] = dataclasses.field(default_factory=lambda: {"embed": "embed_tokens", "final_norm": "norm"})
     layers: str = "layers"
     prefixes: tuple[str, ...] = _TEXT
@@ -559,6 +575,10 @@ class Published:
             )
         return settings
 
+    def experts_apart(self, c: Config) -> int:
+        """How many experts have tensors of their own."""
+        return getattr(c, "experts", 0) if any("{}" in name for name in self.layer.values()) else 0
+
     def sources(
         self, shapes: Mapping[str, tuple[int, ...]], prefix: str | None = None, head: str = "lm_head.weight"
     ) -> dict[str, Source]:
@@ -581,14 +601,20 @@ class Published:
                 found[logical] = Source((f"{prefix}{self.top[stem]}.{kind}",))
                 continue
             _, i, rest = stem.split(".", 2)
-            name = f"{prefix}{self.layers}.{i}.{self.layer[rest]}.{kind}"
+            name = f"{prefix}{self.layers}.{i}.{self.layer[rest]}"
+            bare, own = self.layer[rest] in self.bare, logical.removeprefix(f"layers.{i}.")
+            name += ("_bias" if bias else "") if bare else f".{kind}"
             files = tuple(map(name.format, range(shape[0]))) if "{}" in name else (name,)
-            start, of = 0, None
+            stacked = bare and ".experts." in own
+            start, of, step = 0, None, 1
             together = [x for x, theirs in self.layer.items() if theirs == self.layer[rest]]
-            if len(together) > 1:
+            if len(together) > 1 and stacked:
+                start, of, step = together.index(rest), len(together) * shape[1], len(together)
+            elif len(together) > 1:
                 rows = [shapes[f"layers.{i}.{x}{'_bias' if bias else ''}"][0] for x in together]
                 start, of = sum(rows[: together.index(rest)]), sum(rows)
-            found[logical] = Source(files, start, of, self.transposed and len(shape) == 2)
+            turned = is_matrix(own, shape) if stacked else self.transposed and len(shape) == 2
+            found[logical] = Source(files, start, of, turned, step, stacked)
         return found
 
 
@@ -688,6 +714,42 @@ PUBLISHED: dict[str, Published] = {
             "mlp.experts.up": "mlp.experts.{}.up_proj",
             "mlp.experts.down": "mlp.experts.{}.down_proj",
         },
+    ),
+    "gpt_oss": Published(
+        config=GptOssConfig,
+        model_type="gpt_oss",
+        architecture="GptOssForCausalLM",
+        plain=_SILU | {"attention_bias": True},
+        keys=_KEYS
+        | {
+            "experts": "num_local_experts",
+            "experts_used": "num_experts_per_tok",
+            "swiglu_alpha": "swiglu_alpha",
+            "swiglu_limit": "swiglu_limit",
+        },
+        defaults={
+            "head_dim": 64,
+            "max_position_embeddings": 131_072,
+            "num_local_experts": 128,
+            "num_experts_per_tok": 4,
+            "rms_norm_eps": 1e-5,
+            "swiglu_alpha": 1.702,
+            "swiglu_limit": 7.0,
+            "rope_scaling": {
+                "rope_type": "yarn",
+                "factor": 32.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+                "original_max_position_embeddings": 4096,
+            },
+        },
+        parts=(_Part(_read_each_other, _write_each_other),),
+        rope_theta=150_000.0,
+        layer=_LAYER
+        | {"attn.sinks": "self_attn.sinks", "mlp.router": "mlp.router", "mlp.experts.down": "mlp.experts.down_proj"}
+        | dict.fromkeys(("mlp.experts.gate", "mlp.experts.up"), "mlp.experts.gate_up_proj"),
+        bare=("self_attn.sinks", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
     ),
     "gemma2": Published(
         config=Gemma2Config,
@@ -834,11 +896,17 @@ def _check_header(path: Path) -> None:
 def _read(tensors: dict[str, Any], where: Source, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
     """A weight, out of the tensors it lies in, a few rows at a time."""
     out = aligned_empty(shape, dtype)
-    for file, into in zip(where.files, out if len(where.files) > 1 else out[None], strict=True):
+    files = where.files * len(out) if where.stacked else where.files
+    for i, (file, into) in enumerate(zip(files, out if len(files) > 1 or where.stacked else out[None], strict=True)):
+        lead = (i,) if where.stacked else ()
         for part in row_chunks(into.shape):
-            rows = slice(part.start + where.start, part.stop + where.start)
+            rows = where.rows(part)
             with converting(file, dtype):
-                into[part] = tensors[file][:, rows].T if where.transposed else tensors[file][rows]
+                if where.transposed:  # neighbours are read in one, and sorted out here
+                    found = tensors[file][*lead, :, rows.start : rows.stop].T
+                    into[part] = found[:: where.step]
+                else:
+                    into[part] = tensors[file][*lead, rows] if lead else tensors[file][rows]
     return out
 
 
@@ -858,7 +926,7 @@ def _unknown(folder: Path, settings: _Json, kind: str) -> CheckpointError:
     def names(found: tuple[str, Config]) -> tuple[Iterable[str], Iterable[str]]:
         family, config = found
         there = tensors()
-        check_layers(str(folder), config.layers, len(there), getattr(config, "experts", 0))
+        check_layers(str(folder), config.layers, len(there), PUBLISHED[family].experts_apart(config))
         expected = shapes(Model.of(FAMILIES[family], config).spec)
         wanted = file_shapes(PUBLISHED[family].sources(expected, ""), expected)
         bare = (re.sub(r"^((transformer|model|language_model)\.)+", "", name) for name in there)
@@ -890,7 +958,7 @@ def _quantisation(settings: _Json) -> dict[str, Any]:
 
 
 def _is_packed(tensors: Mapping[str, Any], where: Source) -> bool:
-    return any(isinstance(tensors.get(file), prequantised.Packed) for file in where.files)
+    return any(isinstance(tensors.get(file), prequantised.Packed | prequantised.Experts) for file in where.files)
 
 
 def open_checkpoint(folder: Path, dtype: str, context: int | None = None) -> Checkpoint:
@@ -923,7 +991,7 @@ def open_checkpoint(folder: Path, dtype: str, context: int | None = None) -> Che
     tensors = _open_shards(folder)
     if quantised := _quantisation(settings):
         tensors = prequantised.unpack(settings.where, quantised, tensors)
-    check_layers(str(folder), config.layers, len(tensors), getattr(config, "experts", 0))
+    check_layers(str(folder), config.layers, len(tensors), row.experts_apart(config))
     prefix = next((p for p in row.prefixes if f"{p}{row.top['embed']}.weight" in tensors), row.prefixes[0])
     head = "language_model.lm_head.weight" if prefix == "language_model.model." else "lm_head.weight"
 

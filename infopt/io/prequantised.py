@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints that are quantised already: GPTQ, AWQ, FP8 and compressed-tensors, read as they lie.
+"""Hugging Face checkpoints that are quantised already: GPTQ, AWQ, FP8, MXFP4 and compressed-tensors, read as they lie.
 
 A module's packed tensors become one `Packed` under the name that its dense weight would have: to the reader it is a
 tensor `[out, in]` of the file, of which rows are read as float32 values, or as a QTensor's codes and scales. Which
@@ -11,6 +11,7 @@ With codes q, scales s and zero points z of a group of neighbours along the inpu
   AWQ      s * (q - z); a word holds the outputs 0, 2, 4, 6, 1, 3, 5, 7, the first lowest;
   FP8      s * q; s of the whole, of a row, or of a block of rows and columns (whose name ends in `_inv`, but which is
            the factor nonetheless); a block's scale is repeated for each of its rows;
+  MXFP4    s * e2m1, of gpt-oss's experts, all of a layer in one tensor `_blocks` and one of exponents, `_scales`;
   compressed-tensors: the last of the former; s * (q - z) of int8; the same of words, q and z with 2 ** (bits - 1)
            added; NVFP4, s / S * e2m1, S one number of the matrix, of which 1 / S is kept.
 """
@@ -36,7 +37,7 @@ from infopt.io.checkpoint import Source, row_chunks, shown
 from infopt.model import aligned_empty
 from infopt.qtensor import Format, QTensor, unknown_error
 
-METHODS = ("gptq", "awq", "fp8", "compressed-tensors")
+METHODS = ("gptq", "awq", "fp8", "mxfp4", "compressed-tensors")
 """What `quant_method` may be."""
 SYMMETRIC = {2: "int2", 4: "int4", 8: "int8"}
 """Formats of whole codes by bits, where all zero points are the middle one."""
@@ -142,14 +143,38 @@ class Packed:
         return {"codes": codes, "scale": self.scale(rows)} | ({"zero": self.zero(rows)} if self.zero else {})
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Experts:
+    """The packed matrices of all experts, where they are stored as one tensor `[experts, out, in]`."""
+
+    each: tuple[Packed, ...]
+
+    def get_shape(self) -> list[int]:
+        return [len(self.each), *self.each[0].shape]
+
+    def get_dtype(self) -> str:
+        return "F32"
+
+    def __getitem__(self, at: tuple[int, slice]) -> np.ndarray:
+        """Rows of an expert's values, float32."""
+        expert, rows = at
+        return self.each[expert][rows]
+
+
+def _matrices(tensors: Mapping[str, Any], where: Source) -> list[Any]:
+    """The tensors that a weight lies in, those of experts apart."""
+    found = [tensors[file] for file in where.files]
+    return list(found[0].each) if isinstance(found[0], Experts) else found
+
+
 def read(tensors: Mapping[str, Any], where: Source, shape: tuple[int, ...]) -> QTensor:
     """A weight as a QTensor, out of the packed matrices it lies in."""
-    matrices: list[Packed] = [tensors[file] for file in where.files]
+    matrices: list[Packed] = _matrices(tensors, where)
     rows, width = shape[-2:]
     leaves: dict[str, np.ndarray] = {}
     for i, matrix in enumerate(matrices):
         for part in row_chunks((rows, width)):
-            found = matrix.leaves(slice(part.start + where.start, part.stop + where.start))
+            found = matrix.leaves(where.rows(part))
             for name, x in found.items():
                 if name not in leaves:
                     leaves[name] = aligned_empty((len(matrices), rows, x.shape[-1]), x.dtype)
@@ -168,17 +193,18 @@ def kept_format(tensors: Mapping[str, Any], where: Source, name: str) -> Format 
     Raises:
       CheckpointError: it is packed as no QTensor can be.
     """
-    found = [t.format if isinstance(t := tensors[file], Packed) else None for file in where.files]
+    matrices = _matrices(tensors, where)
+    found = [matrix.format if isinstance(matrix, Packed) else None for matrix in matrices]
     if len(set(found)) > 1:
         raise CheckpointError(
             f"{name} cannot be kept packed: its experts are packed in several ways.",
             why="they are one array here.",
             fix='dtype="float32"',
         )
-    for file in where.files if found[0] else ():
-        if tensors[file].group_of is not None:
+    for matrix in matrices if found[0] else ():
+        if matrix.group_of is not None:
             raise CheckpointError(
-                f"{file} cannot be kept packed: its groups are not of neighbours (desc_act, actorder).",
+                f"{matrix.name} cannot be kept packed: its groups are not of neighbours (desc_act, actorder).",
                 why="it was quantised in another order of its inputs (g_idx), and a QTensor's groups lie in a row.",
                 fix='dtype="float32", or a checkpoint made with desc_act=False',
             )
@@ -438,6 +464,27 @@ def _nvfp4(m: _Module) -> Packed:
     return Packed(f"{m.name}.weight", (out, width), fmt, codes, lambda rows: scale[rows], outer=outer)
 
 
+def _mxfp4(m: _Module, stem: str) -> Experts:
+    """gpt-oss's experts: two codes a byte, the first of two neighbours low; a power of two, as its exponent + 127."""
+    shape = m.shape_of(f"{stem}_blocks")
+    if len(shape) != 4 or shape[-1] != 16:
+        raise m.wrong(
+            f"{m.name}.{stem}_blocks has shape {list(shape)}", "it must be [experts, out, groups, 16]: 32 share a scale"
+        )
+    nibbles, exponents = m.take(f"{stem}_blocks", ("U8",), shape), m.take(f"{stem}_scales", ("U8",), shape[:3])
+
+    def codes(expert: int, rows: slice) -> np.ndarray:
+        x = nibbles[expert, rows]
+        return np.stack([x & 15, x >> 4], -1).reshape(len(x), -1)
+
+    def scale(expert: int, rows: slice) -> np.ndarray:
+        return np.ascontiguousarray(exponents[expert, rows]).view(ml_dtypes.float8_e8m0fnu)
+
+    fmt, of = Format("mxfp4", 32, "float8_e8m0fnu"), functools.partial
+    matrix = of(Packed, f"{m.name}.{stem}", (shape[1], shape[2] * 32), fmt)
+    return Experts(tuple(matrix(of(codes, expert), of(scale, expert)) for expert in range(shape[0])))
+
+
 # --------------------------------------------------------------------------------------------------------- the folder
 
 
@@ -494,13 +541,17 @@ def unpack(where: str, config: Mapping[str, Any], tensors: Mapping[str, Any]) ->
         readers["qweight"] = functools.partial(_gptq, one=int(version != "gptq_v2"))
     elif method == "awq":
         readers["qweight"] = _awq
-    else:
+    elif method != "mxfp4":
         readers["weight"] = functools.partial(_plain, kinds=plain, block=block)
         readers["weight_packed"] = lambda m: _nvfp4(m) if m.has("weight_global_scale") else _words(m)
-    found: dict[str, Packed] = {}
+    found: dict[str, Any] = {}
     taken: set[str] = set()
     for full, tensor in tensors.items():
         name, _, part = full.rpartition(".")
+        if method == "mxfp4" and (stem := part.removesuffix("_blocks")) != part:
+            module = _Module(where, name, tensors)
+            found[f"{name}.{stem}"] = _mxfp4(module, stem)
+            taken |= module.taken
         if part not in readers or (part == "weight" and tensor.get_dtype() not in plain):
             continue
         module = _Module(where, name, tensors)

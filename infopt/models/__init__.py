@@ -3,6 +3,7 @@
 from infopt.models.gemma2 import Gemma2Config, gemma2
 from infopt.models.gemma3 import Gemma3Config, gemma3
 from infopt.models.gpt2 import GPT2Config, gpt2
+from infopt.models.gpt_oss import GptOssConfig, gpt_oss
 from infopt.models.llama import LlamaConfig, llama
 from infopt.models.mistral import MistralConfig, mistral
 from infopt.models.mixtral import MixtralConfig, mixtral
@@ -16,6 +17,7 @@ __all__ = [
     "GPT2Config",
     "Gemma2Config",
     "Gemma3Config",
+    "GptOssConfig",
     "LlamaConfig",
     "MistralConfig",
     "MixtralConfig",
@@ -27,6 +29,7 @@ __all__ = [
     "gemma2",
     "gemma3",
     "gpt2",
+    "gpt_oss",
     "llama",
     "mistral",
     "mixtral",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -113,29 +113,42 @@ def queries_keys_values(c: Config, p: dict[str, Any], h: Array, layer: Any) -> t
 def attention(
     c: DecoderConfig, p: dict[str, Any], x: Array, layer: Any, attend: Attend, cache: Any, rope: ops.Rope
 ) -> tuple[Array, Any]:
-    """The first half of a layer, its norm before it; queries and keys are normed where the layer has norms for them."""
+    """The first half of a layer, its norm before it; norms of queries and keys, biases and sinks where it has them."""
     h = ops.rms_norm(x, p["attn_norm"], layer, c.norm_eps)
     q, k, v = queries_keys_values(c, p, h, layer)
     if "attn.q_norm" in p:
         q = ops.rms_norm(q, p["attn.q_norm"], layer, c.norm_eps)
         k = ops.rms_norm(k, p["attn.k_norm"], layer, c.norm_eps)
-    a, cache = attend(q, k, v, cache, layer, rope=rope, scale=c.head_dim**-0.5)
-    return x + ops.linear(ops.join_heads(a), p["attn.o"], layer), cache
+    sinks = ops.vector(p["attn.sinks"], layer) if "attn.sinks" in p else None
+    a, cache = attend(q, k, v, cache, layer, rope=rope, scale=c.head_dim**-0.5, sink_logits=sinks)
+    return x + ops.linear(ops.join_heads(a), p["attn.o"], layer, p.get("attn.o_bias")), cache
 
 
 def swiglu(p: dict[str, Any], h: Array, layer: Any) -> Array:
     """down(silu(gate h) * up h) (Shazeer 2020)."""
     gate, up = ops.linear(h, (p["mlp.gate"], p["mlp.up"]), layer)
-    return ops.linear(jax.nn.silu(gate) * up, p["mlp.down"], layer)
+    return ops.linear(silu_gated(gate, up), p["mlp.down"], layer)
 
 
-def experts(p: dict[str, Any], h: Array, layer: Any, share: Array) -> Array:
-    """The SwiGLUs of all experts, weighted by each token's shares `[B, T, E]`: dense, so that nothing is dropped."""
+def silu_gated(gate: Array, up: Array) -> Array:
+    return jax.nn.silu(gate) * up
+
+
+def experts(
+    p: dict[str, Any],
+    h: Array,
+    layer: Any,
+    share: Array,
+    gated: Callable[[Array, Array], Array] = silu_gated,
+) -> Array:
+    """down(gated(gate h, up h)) of all experts, with biases where the layer has them, weighted by each token's shares
+    `[B, T, E]`: dense, so that nothing is dropped."""
     pair = p["mlp.experts.gate"], p["mlp.experts.up"]
+    bias = p.get("mlp.experts.gate_bias"), p.get("mlp.experts.up_bias")
 
     def add(total: Array, e: Array) -> tuple[Array, None]:
-        gate, up = ops.linear(h, pair, (layer, e))
-        y = ops.linear(jax.nn.silu(gate) * up, p["mlp.experts.down"], (layer, e))
+        gate, up = ops.linear(h, pair, (layer, e), bias)
+        y = ops.linear(gated(gate, up), p["mlp.experts.down"], (layer, e), p.get("mlp.experts.down_bias"))
         weight = jax.lax.dynamic_index_in_dim(share, e, -1)
         return total + y * jnp.broadcast_to(weight, y.shape).astype(y.dtype), None
 

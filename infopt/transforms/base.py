@@ -11,7 +11,7 @@ from typing import Any, ClassVar, final
 import jax
 
 from infopt.errors import InfoptError, TransformOrderError
-from infopt.model import Model, Weights, shapes
+from infopt.model import Model, Weights, is_matrix, shapes
 from infopt.qtensor import dequantize_array
 from infopt.spec import Spec
 
@@ -179,7 +179,7 @@ def layer_matrices(spec: Spec) -> list[str]:
     return [
         n
         for n, shape in shapes(spec).items()
-        if n.startswith("layers.") and len(shape) > 1 and not n.endswith("router")
+        if n.startswith("layers.") and is_matrix(n, shape) and not n.endswith("router")
     ]
 
 

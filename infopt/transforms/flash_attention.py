@@ -47,8 +47,8 @@ def flash_attention(implementation: str | None = None) -> FlashAttention:
     Args:
       implementation: `"blockwise"` (XLA, anywhere), `"pallas_tpu"` or `"pallas_gpu"`, which raise where a program is
         compiled for anything else, or for a shape that they cannot serve. By default what suits the platform: the
-        kernel on a TPU, blocks elsewhere, the plain form for short texts. A cache is read by the TPU's kernel, or else
-        through XLA.
+        kernel on a TPU, blocks elsewhere, the plain form for short texts. A cache is read by the TPU's kernel, with
+        `"pallas_gpu"` by the GPU's, or else through XLA.
 
     Raises:
       InfoptError: there is no such implementation.

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from infopt.errors import InfoptError, ParamsError, nearest
 from infopt.formats import FORMATS
-from infopt.model import Model, Weights, shapes
+from infopt.model import Model, Weights, is_matrix, shapes
 from infopt.qtensor import Format, kept_only, quantize_array
 from infopt.spec import Spec
 from infopt.transforms.base import Transform, layer_matrices, need_dense, whole
@@ -79,7 +79,7 @@ class Quantize(Transform):
         Raises:
           InfoptError: a rule touches no weight.
         """
-        matrices = [n for n, shape in shapes(spec).items() if len(shape) > 1]
+        matrices = [n for n, shape in shapes(spec).items() if is_matrix(n, shape)]
         found: dict[str, Rule] = {}
         for rule in self.rules:
             if rule.pattern is None:

@@ -753,7 +753,8 @@ def tables_case(rng: np.random.Generator, folder: Path) -> Case:
 # ------------------------------------------------------------------------------------------------- Hugging Face folders
 
 FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
-FAMILIES = ("llama", "mistral", "smollm3", "qwen2", "qwen3", "qwen3_moe", "mixtral", "phi3", "gemma2", "gemma3", "gpt2")
+FAMILIES = ("llama", "mistral", "smollm3", "qwen2", "qwen3", "qwen3_moe", "mixtral", "phi3", "gemma2", "gemma3", "gpt2",
+            "gpt_oss")  # fmt: skip
 
 
 def parse_safetensors(blob: bytes) -> dict[str, np.ndarray]:
@@ -813,9 +814,11 @@ def judge_folder(found: Any, config: bytes, blobs: list[bytes], dtype: str) -> N
     for name, x in every.items():
         source = sources[name]
         many = [tensors[file] for file in source.files]
-        want = many[0] if len(many) == 1 and len(shapes[name]) < 3 else np.stack(many)
-        want = want.T if source.transposed else want
-        if source.of is not None:
+        want = many[0] if len(many) == 1 and (len(shapes[name]) < 3 or source.stacked) else np.stack(many)
+        want = np.swapaxes(want, -1, -2) if source.transposed else want
+        if source.stacked:
+            want = want[:, source.start :: source.step]
+        elif source.of is not None:
             want = want[source.start : source.start + shapes[name][0]]
         require(same_bits(x, want.astype(kind)), f"{name} is not what the file holds")
     if used is not None:

@@ -35,7 +35,7 @@ sys.path.insert(0, str(FIXTURES))
 from make_export_golden import MODELS, changed  # noqa: E402
 
 CHECKPOINTS = ["llama", "llama_tied", "gemma3", "mistral", "smollm3", "qwen2", "qwen3", "phi3", "gemma2", "gpt2",
-               "mixtral", "qwen3_moe"]  # fmt: skip
+               "mixtral", "qwen3_moe", "gpt_oss"]  # fmt: skip
 
 
 def same_weights(a: tuple[ip.Model, Any], b: tuple[ip.Model, Any]) -> bool:
@@ -137,6 +137,7 @@ WINDOWED = [
     ("mistral", "sliding_window(5)", 5), ("mixtral", "sliding_window(5)", 5), ("qwen3_moe", "sliding_window(5)", 5),
     ("phi3", "sliding_window(5)", 5), ("qwen2", "sliding_window(5)", 5), ("gemma2", "sliding_window(5)", 5),
     ("qwen2", "sliding_window(5, layers=[1, 2])", 5), ("qwen3", "sliding_window(5, layers=[0])", 5),
+    ("gpt_oss", "sliding_window(5)", 5), ("gpt_oss", "sliding_window(5, layers=[0, 2])", 5),
     ("gemma3", "sliding_window(5, layers=[0, 2, 4])", 5), ("gemma2", "sliding_window(5, layers=[0, 2])", 5),
 ]  # fmt: skip
 

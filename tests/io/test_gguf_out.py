@@ -449,6 +449,19 @@ def test_a_config_that_would_be_read_as_another_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_gpt_oss_is_neither_written_nor_read(llama_gguf: Callable[..., Any], tmp_path: Path) -> None:
+    """llama.cpp's architecture of that name is not computed here."""
+    model, params = base_of("gpt_oss")
+    with pytest.raises(CheckpointError, match="a gpt_oss cannot be written as a GGUF file"):
+        ip.save(tmp_path / "m.gguf", model, params)
+    assert list(tmp_path.iterdir()) == []
+    file = llama_gguf()
+    file.arch = "gpt-oss"
+    file.fields = {key.replace("llama.", "gpt-oss."): value for key, value in file.fields.items()}
+    with pytest.raises(CheckpointError, match="an architecture that is not computed here: 'gpt-oss'"):
+        ip.load(file.write(tmp_path / "m.gguf"))
+
+
 def test_a_mistral_without_windows_is_written_as_the_llama_that_it_is(tmp_path: Path) -> None:
     model = ip.models.mistral(**SIZES)
     params = model.init(jax.random.key(0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,8 +19,10 @@ from safetensors.numpy import load_file, save_file
 import infopt as ip
 from infopt.errors import CheckpointError
 from infopt.io import load
+from infopt.io.huggingface import PUBLISHED, _Json
 from infopt.model import Weights
-from infopt.spec import LinearRope
+from infopt.models import GptOssConfig
+from infopt.spec import LinearRope, YarnRope
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 
@@ -226,6 +229,10 @@ def test_tied_head_that_differs_is_refused(edited: Edit) -> None:
     ("gemma3", "use_bidirectional_attention", True, "use_bidirectional_attention=True"),
     ("gemma3", "hidden_activation", "silu", "hidden_activation='silu'"),
     ("gemma3", "layer_types", ["sliding_attention"] * 7, "layer_types"),
+    ("gpt_oss", "sliding_window", None, "'sliding_window' is missing"),
+    ("gpt_oss", "attention_bias", False, "attention_bias=False"),
+    ("gpt_oss", "num_experts_per_tok", 6, "describes a model that cannot be"),
+    ("gpt_oss", "num_local_experts", 2**31 - 1, "has shape [5, 14, 36], not [2147483647, 14, 36]"),
     ("gemma3", "layer_types", ["sliding_attention"] * 7 + ["linear_attention"], "layer_types"),
 ])  # fmt: skip
 def test_config_beyond_the_families_is_refused(name: str, key: str, value: Any, said: str, edited: Edit) -> None:
@@ -272,6 +279,38 @@ def test_missing_tensor_is_refused(edited: Edit) -> None:
         edited("llama", tensors=lambda a: a.pop("model.layers.1.mlp.up_proj.weight")),
         "has no tensor 'model.layers.1.mlp.up_proj.weight'",
     )
+
+
+@pytest.mark.parametrize("name", ["self_attn.sinks", "self_attn.o_proj.bias", "mlp.router.bias",
+                                  "mlp.experts.gate_up_proj", "mlp.experts.down_proj_bias"])  # fmt: skip
+def test_nothing_of_a_gpt_oss_may_be_missing(name: str, edited: Edit) -> None:
+    full = f"model.layers.1.{name}"
+    refused(edited("gpt_oss", tensors=lambda a: a.pop(full)), f"has no tensor '{full}'")
+
+
+def test_gpt_oss_is_read_as_it_is_published() -> None:
+    """The 20B model's own config.json, in the spelling of its release, and one that leaves all that it can unsaid."""
+    sizes = {"vocab_size": 201088, "hidden_size": 2880, "intermediate_size": 2880, "num_hidden_layers": 24,
+             "num_attention_heads": 64, "num_key_value_heads": 8}  # fmt: skip
+    rope = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+            "original_max_position_embeddings": 4096}  # fmt: skip
+    said = sizes | {
+        "head_dim": 64, "num_local_experts": 32, "num_experts_per_tok": 4, "experts_per_token": 4,
+        "sliding_window": 128, "layer_types": ["sliding_attention", "full_attention"] * 12, "attention_bias": True,
+        "rope_theta": 150000, "rope_scaling": rope, "max_position_embeddings": 131072, "initial_context_length": 4096,
+        "swiglu_limit": 7.0, "rms_norm_eps": 1e-05, "tie_word_embeddings": False, "hidden_act": "silu",
+    }  # fmt: skip
+    read = PUBLISHED["gpt_oss"].read
+    config = read(_Json("config.json", said), None)
+    assert config == GptOssConfig(
+        vocab=201088, dim=2880, layers=24, heads=64, kv_heads=8, head_dim=64, context=131072, mlp=2880, norm_eps=1e-5,
+        rope_theta=150000.0, tied=False, window=128, local=(True, False), experts=32, experts_used=4,
+        swiglu_alpha=1.702, swiglu_limit=7.0,
+        rope_scaling=YarnRope(
+            factor=32.0, original_context=4096, attention_factor=0.1 * math.log(32) + 1, truncate=False
+        ),
+    )  # fmt: skip
+    assert read(_Json("config.json", sizes | {"num_local_experts": 32}), None) == config
 
 
 def test_extra_tensor_is_refused(edited: Edit) -> None:

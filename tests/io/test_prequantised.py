@@ -413,6 +413,71 @@ def test_rows_of_one_matrix_and_experts_and_stored_transposes(
     assert model.weight_bytes() == sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(params))
 
 
+# -------------------------------------------------------------------------------------------------- gpt-oss's experts
+
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+
+def mxfp4_values(tensors: Parts, stem: str) -> np.ndarray:
+    """`[experts, out, in]`, a nibble at a time."""
+    blocks, exponents = tensors[f"{stem}_blocks"], tensors[f"{stem}_scales"]
+    values = np.empty((*blocks.shape[:3], 32))
+    values[..., 0::2], values[..., 1::2] = E2M1[blocks % 16], E2M1[blocks // 16]
+    return (values * 2.0 ** (exponents[..., None].astype(int) - 127)).reshape(*blocks.shape[:2], -1)
+
+
+def test_experts_in_mxfp4_are_kept_to_the_last_bit_and_gates_and_ups_told_apart(tmp_path: Path) -> None:
+    tensors = load_file(FIXTURES / "gpt_oss_mxfp4" / "model.safetensors")
+    model, params, kept = loaded(FIXTURES / "gpt_oss_mxfp4", "keep")
+    dense, _, unpacked = loaded(FIXTURES / "gpt_oss_mxfp4", "float32")
+    assert len(model.spec.weights) == 6 and not dense.spec.weights
+    assert {fmt for _, fmt in model.spec.weights} == {Format("mxfp4", 32, "float8_e8m0fnu")}
+    for i in range(2):
+        start = f"model.layers.{i}.mlp.experts."
+        both, bias = mxfp4_values(tensors, f"{start}gate_up_proj"), tensors[f"{start}gate_up_proj_bias"]
+        want = {"gate": both[:, 0::2], "up": both[:, 1::2], "down": mxfp4_values(tensors, f"{start}down_proj")}
+        for name, values in want.items():
+            full = f"layers.{i}.mlp.experts.{name}"
+            assert isinstance(kept[full], QTensor)
+            np.testing.assert_array_equal(dequantize(kept[full]), values)
+            np.testing.assert_array_equal(np.asarray(unpacked[full]), values.astype(np.float32))
+        np.testing.assert_array_equal(np.asarray(kept[f"layers.{i}.mlp.experts.gate_bias"]), bias[:, 0::2])
+        np.testing.assert_array_equal(np.asarray(kept[f"layers.{i}.mlp.experts.up_bias"]), bias[:, 1::2])
+    assert model.weight_bytes() == sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(params))
+    ip.save(tmp_path / "stack", model, params)
+    again, others = ip.load(tmp_path / "stack")
+    assert again.spec == model.spec
+    for a, b in zip(jax.tree.leaves(others), jax.tree.leaves(params), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+UP = "model.layers.0.mlp.experts.gate_up_proj"
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (lambda t: t.pop(f"{UP}_scales"), "mlp.experts has no gate_up_proj_scales"),
+        (lambda t: t.pop(f"{UP}_blocks"), f"has no tensor '{UP}'"),
+        (lambda t: t.pop(f"{UP}_bias"), f"has no tensor '{UP}_bias'"),
+        (lambda t: t.pop("model.layers.1.self_attn.sinks"), "has no tensor 'model.layers.1.self_attn.sinks'"),
+        (lambda t: t.update({f"{UP}_scales": np.zeros((3, 63, 2), np.uint8)}), "has shape [3, 63, 2], not [3, 64, 2]"),
+        (lambda t: t.update({f"{UP}_blocks": t[f"{UP}_blocks"].view(np.int8)}), "is stored as I8"),
+        (lambda t: t.update({f"{UP}_blocks": t[f"{UP}_blocks"].reshape(3, 64, -1)}), "[experts, out, groups, 16]"),
+        (lambda t: t.update({UP: np.zeros((3, 64, 64), np.float32)}), "dense too"),
+        (lambda t: t.update({f"{UP}_{x}": t[f"{UP}_{x}"][:2].copy() for x in ("blocks", "scales")}),
+         f"{UP} has shape [2, 64, 64], not [3, 64, 64]"),
+    ],
+)  # fmt: skip
+def test_experts_in_mxfp4_without_a_part_are_refused(edit: Callable[[Parts], Any], said: str, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(FIXTURES / "gpt_oss_mxfp4", folder)
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    write(folder / "model.safetensors", tensors)
+    refused(folder, said)
+
+
 # ------------------------------------------------------------------------------------------------------------ bad input
 
 
@@ -427,7 +492,7 @@ def refused(folder: Path, *said: str, dtype: str = "keep") -> None:
 @pytest.mark.parametrize("method", ["bitsandbytes", "hqq", None, ["gptq"]])
 def test_other_methods_are_refused_and_those_that_are_read_named(method: Any, tmp_path: Path) -> None:
     folder, _ = checkpoint(tmp_path / "model", {"quant_method": method}, gptq())
-    refused(folder, "quantised by", "gptq, awq, fp8, compressed-tensors", dtype="float32")
+    refused(folder, "quantised by", "gptq, awq, fp8, mxfp4, compressed-tensors", dtype="float32")
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,7 @@ def test_rollback_and_refeed_equal_transformers(stack: tuple[Any, ...], wrong: i
     assert_golden(feed(*run, golden["tokens"], rounds), golden)
 
 
-FAMILIES = ["gemma2", "gpt2", "mistral", "mixtral", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3"]
+FAMILIES = ["gemma2", "gpt2", "gpt_oss", "mistral", "mixtral", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3"]
 RAGGED: list[Round] = [([7, 1], 0), ([7, 0], 0), ([1, 7], 0), ([0, 7], 2), ([3, 5], 0), ([7, 2], 5), ([0, 7], 0)]
 RAGGED += [([5, 1], 0), ([6, 7], 0), ([4, 3], 0)]
 
@@ -124,6 +124,15 @@ def test_families_equal_transformers_whole_and_in_ragged_chunks_with_rollbacks(f
     assert model.spec.family == family
     state = model.init_state(2, LENGTH, chunk=LENGTH)
     assert_golden(np.asarray(jax.jit(model.apply)(params, jnp.asarray(golden["tokens"]), state)[0]), golden)
+    fast = ip.cache_kv()(model)
+    assert_golden(feed(fast, fast.convert(params), jax.jit(fast.apply), golden["tokens"], RAGGED), golden)
+
+
+@pytest.mark.parametrize("dtype", ["keep", "float32"])
+def test_experts_in_mxfp4_equal_transformers_packed_and_unpacked(dtype: str) -> None:
+    model, params = ip.load(FIXTURES / "gpt_oss_mxfp4", dtype)
+    golden = np.load(FIXTURES / "gpt_oss_mxfp4" / "golden.npz")
+    assert len(model.spec.weights) == (6 if dtype == "keep" else 0)
     fast = ip.cache_kv()(model)
     assert_golden(feed(fast, fast.convert(params), jax.jit(fast.apply), golden["tokens"], RAGGED), golden)
 

@@ -163,8 +163,8 @@ def test_an_unknown_name_gets_a_suggestion(text: str, near: str) -> None:
     ("text", "signature"),
     [
         ("quantize(bitz=8)", "quantize(bits, group, where, format, clip, pad)"),
-        ("gqa()", "gqa(kv_heads)"),
-        ("gqa(1, 2)", "gqa(kv_heads)"),
+        ("gqa()", "gqa(kv_heads, init, seed)"),
+        ("gqa(1, 2, 3, 4)", "gqa(kv_heads, init, seed)"),
         ("quantize(8, bits=8)", "quantize(bits, group, where, format, clip, pad)"),
         ("sliding_window()", "sliding_window(size, sinks, layers)"),
         ("dequantize(1)", "dequantize()"),

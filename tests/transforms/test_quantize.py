@@ -272,6 +272,14 @@ def test_experts_are_packed_each_with_its_own_scale() -> None:
     testing.verify(model, model.convert(params), generation=False)
 
 
+@pytest.mark.parametrize("where", [None, "*.mlp.*", "layers.*"])
+def test_biases_of_experts_are_no_matrices(where: str | None) -> None:
+    model = ip.quantize(bits=8, where=where)(testing.base_of("gpt_oss")[0])
+    packed = {name.split(".", 2)[2] for name, _ in model.spec.weights}
+    assert {"mlp.experts.gate", "mlp.experts.up", "mlp.experts.down"} <= packed
+    assert not [name for name in packed if name.endswith(("_bias", "sinks"))]
+
+
 def test_clipping_is_of_the_recipe_and_changes_the_weights() -> None:
     plain, clipped = ip.quantize(bits=3), ip.quantize(bits=3, clip="mse")
     assert plain(BARE).spec == clipped(BARE).spec

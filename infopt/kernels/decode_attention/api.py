@@ -10,7 +10,7 @@ import jax
 
 from infopt.cache import Layout
 from infopt.errors import InfoptError, nearest
-from infopt.kernels.decode_attention import pallas_tpu, xla
+from infopt.kernels.decode_attention import pallas_gpu, pallas_tpu, xla
 from infopt.kernels.decode_attention.call import Call
 from infopt.kernels.flash_attention.api import EVERYWHERE, with_sink_logits
 from infopt.kernels.flash_attention.options import Options
@@ -36,6 +36,7 @@ class Implementation:
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "xla": Implementation(xla.forward, EVERYWHERE),
     "pallas_tpu": Implementation(pallas_tpu.forward, ("tpu",), pallas_tpu.refuses),
+    "pallas_gpu": Implementation(pallas_gpu.forward, ("gpu",), pallas_gpu.refuses),
 }
 """By name. An implementation joins by its file and a line here."""
 
@@ -86,7 +87,7 @@ def decode_attention(
       sink_logits: `[H]`: one more score a head that has no value.
       return_lse: whether to return the log-sum-exp `[B, T, H]` too (without the sink logits).
       implementation: a name in `IMPLEMENTATIONS`; None takes what suits the platform and the shape.
-      interpret: run a Pallas TPU kernel in Pallas' interpreter, on any platform.
+      interpret: run a Pallas kernel in Pallas' interpreter, on any platform.
 
     Returns:
       `[B, T, H, D]` in the dtype of q; with `return_lse` a pair.

@@ -95,7 +95,7 @@ def flash_attention(
       sink_logits: `[H]`: one more score a head that has no value (as gpt-oss learns it).
       return_lse: whether to return the log-sum-exp `[B, T, H]` too (without the sink logits).
       implementation: a name in `IMPLEMENTATIONS`; None takes what suits the platform and the shape.
-      interpret: run a Pallas TPU kernel in Pallas' interpreter, on any platform.
+      interpret: run a Pallas kernel in Pallas' interpreter, on any platform.
 
     Returns:
       `[B, T, H, E]` in the dtype of q; with `return_lse` a pair, the second float32.
