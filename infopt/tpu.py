@@ -274,8 +274,8 @@ def versus(length: int, generation: str = "v5p", group: int = 4, width: int = 12
     """The flash kernel beside XLA's unfused attention: one key/value head and its queries, bfloat16, causal.
 
     The kernel's bytes are counted from its grid (`pallas_tpu.traffic`), and what is laid out anew around it, once in
-    and once out; XLA's are those of its cost analysis, of a program that has neither kernels nor loops. One head: for more
-    the scores of 32k tokens fit no chip.
+    and once out; XLA's are those of its cost analysis, of a program that has neither kernels nor loops. One head: for
+    more the scores of 32k tokens fit no chip.
 
     Args:
       length: of the text.
@@ -332,15 +332,14 @@ def report(say: Callable[[str], None] = print) -> dict[str, Any]:
                     f"{found['compile_seconds']:>8.1f} s"
                 )
     say("\nflash kernel and unfused attention, one key/value head and its 4 query heads of 128, v5p")
-    for length, options in ((8192, {}), (32768, {}), (32768, {"window": 4096})):
+    texts: list[tuple[int, dict[str, Any]]] = [(8192, {}), (32768, {}), (32768, {"window": 4096})]
+    for length, options in texts:
         found = versus(length, **options)
         ratios.append(found)
         window = f", window {options['window']}" if options else ""
         temp, unfused = (f"{found[k] / 1e6:.1f} MB" for k in ("kernel_temp_bytes", "unfused_temp_bytes"))
         more = found["unfused_bytes_over_kernel"]
-        say(
-            f"{length} tokens{window}: unfused moves {more} x the bytes; temporary memory {unfused}, the kernel's {temp}"
-        )
+        say(f"{length} tokens{window}: unfused moves {more} x the bytes; temporary memory {unfused}, kernel {temp}")
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")}
     return {"notes": NOTES, "versions": versions, **rows, "flash_against_unfused": ratios}
 
