@@ -74,8 +74,8 @@ def test_an_8b_step_fits_a_v5e_and_copies_no_cache() -> None:
 
 
 @compiles
-@pytest.mark.parametrize("length", [4096, 8192])
-def test_the_kernels_memory_is_linear_and_the_unfused_forms_quadratic(length: int) -> None:
+def test_the_kernels_memory_is_linear_and_the_unfused_forms_quadratic() -> None:
+    length = 8192
     found = tpu.versus(length, "v5e")
     inputs_and_output = 2 * length * 128 * (4 + 1 + 1 + 4)
     assert found["kernel_temp_bytes"] <= 2 * inputs_and_output
@@ -96,7 +96,7 @@ def test_a_generation_that_is_not_known_is_refused() -> None:
 
 
 def walked(plan: pallas_tpu.Plan, order: np.ndarray, count: np.ndarray) -> int:
-    """Bytes fetched and written when every step of the grid is taken, and a block is moved when it is not the last one."""
+    """Bytes moved when every step of the grid is taken, and a block is moved when it is not the one before."""
     grid = (plan.batch, plan.heads, plan.blocks[0], max(1, int(count.max())))
     scalars = order.reshape(-1), count.reshape(-1)
     total = 0
