@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from infopt.planner import Plan, plan
     from infopt.qtensor import Format, QTensor
     from infopt.sampling import Sampling
-    from infopt.spec import Config, Spec, Window, oracle
+    from infopt.spec import Codec, Config, Spec, Window, oracle
     from infopt.train import uptrain
     from infopt.transforms import (
         Transform,
@@ -88,7 +88,7 @@ _NAMES = {
     "planner": ("Plan", "plan"),
     "qtensor": ("Format", "QTensor"),
     "sampling": ("Sampling",),
-    "spec": ("Config", "Spec", "Window", "oracle"),
+    "spec": ("Codec", "Config", "Spec", "Window", "oracle"),
     "train": ("uptrain",),
     "transforms": (
         "Transform",

@@ -164,6 +164,7 @@ FORMATS: dict[str, Row] = _Table(
         "int4_zero": Row(bits=4, low=0, high=15, rule="zero", group=32),
         "int8_zero": Row(bits=8, low=0, high=255, rule="zero", group=32),
         "int2_zero": Row(bits=2, low=0, high=3, rule="zero", group=32),
+        "int2_min": Row(bits=2, low=0, high=3, rule="minmax", group=32),
         "nf4": Row(bits=4, low=-1.0, high=1.0, levels=_NF4, group=64),
         "mxfp4": Row(bits=4, low=-6.0, high=6.0, rule="power", levels=_E2M1, group=32, scale="float8_e8m0fnu"),
         "nvfp4": Row(bits=4, low=-6.0, high=6.0, levels=_E2M1, group=16, scale="float8_e4m3fn", tensor=True),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax.numpy as jnp
 
 from infopt.spec import Window
@@ -28,6 +30,36 @@ def seen(
         inside = key > query - size
         allowed &= (inside | (key < sinks)) if sinks else inside
     return allowed
+
+
+@dataclasses.dataclass(frozen=True)
+class Late:
+    """Of keys and values that are rounded in groups, late: those that a query sees rounded, or the others.
+
+    A query at p sees position j rounded iff  (j // group + 1) * group + tail <= p + 1:  the group is whole, and `tail`
+    tokens have followed it, the query's own among them.
+
+    Args:
+      group: tokens a group, at absolute positions.
+      tail: tokens.
+      rounded: which of the two.
+    """
+
+    group: int
+    tail: int
+    rounded: bool
+
+    def seen(self, query: Int[Array, "..."], key: Int[Array, "..."]) -> Bool[Array, "..."]:
+        """Whether the key position, of those, is in the query's share; the two broadcast."""
+        past = (key // self.group + 1) * self.group + self.tail <= query + 1
+        return past if self.rounded else ~past
+
+    def window(self, window: Window | None) -> Window | None:
+        """A window that leaves out nothing of the share that the layer's own window leaves in."""
+        if self.rounded:
+            return window
+        size, sinks = self.group + self.tail, window.sinks if window else 0
+        return Window(max(size if window is None else min(size, window.size), sinks), sinks)
 
 
 def allowed(query: Int[Array, "B T"], key: Int[Array, "B S"], window: Window | None) -> Bool[Array, "B T S"]:

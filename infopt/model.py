@@ -19,7 +19,7 @@ from infopt.cache import Layout, State
 from infopt.errors import InfoptError, ParamsError, PromptError, human, nearest
 from infopt.qtensor import Format, is_qtensor, quantize_array
 from infopt.sampling import Sampling, sample
-from infopt.spec import ROPE_SCALINGS, Config, Recipe, Spec, Speculation, Window
+from infopt.spec import ROPE_SCALINGS, Codec, Config, Recipe, Spec, Speculation, Window
 from infopt.typing import Array, Params, is_traced
 
 if TYPE_CHECKING:
@@ -561,7 +561,8 @@ def _build_plain(spec: Spec) -> Functions:
         """An empty state of `batch` rows of at most `max_len` tokens.
 
         Args:
-          chunk: the most tokens that one call will append (a ring is sized by it); 128, or max_len if that is less.
+          chunk: the most tokens that one call will append (a ring is sized by it, and what holds a tail of tokens as
+            computed); 128, or max_len if that is less.
           dtype: of keys and values without a codec.
         """
         if batch < 1 or max_len < 1 or (chunk is not None and chunk < 1):
@@ -574,20 +575,18 @@ def _build_plain(spec: Spec) -> Functions:
         layouts: tuple[Layout, ...] = ()
         caches: tuple[Any, ...] = ()
         if spec.cache:
-            layouts = tuple(Layout.plan(w, max_len, min(chunk or 128, max_len), spec.page) for w in groups)
+            chunk = min(chunk or 128, max_len)
+            layouts = tuple(Layout.plan(w, max_len, chunk, spec.page, spec.kv) for w in groups)
             caches = tuple(
                 tuple(
-                    tuple(
-                        kv.empty(
-                            layouts[groups.index(w)],
-                            seg.repeats,
-                            batch,
-                            config.kv_heads,
-                            config.head_dim,
-                            spec.kv,
-                            dtype,
-                        )
-                        for _ in ("keys", "values")
+                    kv.empty_layers(
+                        layouts[groups.index(w)],
+                        seg.repeats,
+                        batch,
+                        config.kv_heads,
+                        config.head_dim,
+                        spec.kv,
+                        dtype,
                     )
                     for w in seg.windows
                 )
@@ -955,7 +954,10 @@ class Model:
         return _weight_bytes(self.spec)
 
     def token_bytes(self) -> int:
-        """Bytes that one more token takes in the cache while no window is full, at 4 a value without a codec."""
+        """Bytes that one more token takes in the cache while no window is full, at 4 a value without a codec.
+
+        A tail's are not among them: it takes as much for every text.
+        """
         return _token_bytes(self.spec)
 
     def __repr__(self) -> str:
@@ -980,8 +982,13 @@ def _weight_bytes(spec: Spec) -> int:
 
 def _token_bytes(spec: Spec) -> int:
     c = spec.config
-    head = 4 * c.head_dim if spec.kv is None else spec.kv.bytes((c.head_dim,))
-    own = 2 * c.layers * c.kv_heads * head if spec.cache else 0
+    if spec.kv is None:
+        keys, tokens, values = 4 * c.head_dim, 1, 4 * c.head_dim
+    else:
+        row, tokens = spec.kv.split or c.head_dim, spec.kv.split or 1
+        keys, values = c.head_dim * tokens // row * spec.kv.keys.bytes((row,)), spec.kv.format.bytes((c.head_dim,))
+    heads = c.layers * c.kv_heads
+    own = -(-heads * keys // tokens) + heads * values if spec.cache else 0
     return own + (_token_bytes(spec.program.draft) if spec.program else 0)
 
 
@@ -994,8 +1001,10 @@ def spec_from_json(text: str) -> Spec:
     True
     """
 
-    def fmt(x: Any) -> Format | None:
-        return None if x is None else Format(**x)
+    def codec(x: Any) -> Codec | None:
+        if x is None:
+            return None
+        return Codec(**x | {"format": Format(**x["format"])}) if "format" in x else Codec(Format(**x))
 
     def window(x: Any) -> Window | None:
         return None if x is None else Window(**x)
@@ -1018,7 +1027,7 @@ def spec_from_json(text: str) -> Spec:
             tuple(map(window, x["window"])),
             x["attention"],
             x["cache"],
-            fmt(x["kv"]),
+            codec(x["kv"]),
             x["page"],
             None if x["program"] is None else Speculation(spec(x["program"]["draft"]), x["program"]["k"]),
         )

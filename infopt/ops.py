@@ -15,10 +15,10 @@ import numpy as np
 
 from infopt import cache as kv
 from infopt.kernels.decode_attention import decode_attention
-from infopt.kernels.flash_attention import flash_attention
-from infopt.masks import sink_query_position
-from infopt.qtensor import Format, dequantize_array, is_qtensor, no_gradient, planes, round_trip, split_planes, take
-from infopt.spec import LinearRope, Llama3Rope, RopeScaling, TableRope, Window, YarnRope
+from infopt.kernels.flash_attention import flash_attention, merged, with_sink_logits
+from infopt.masks import Late, sink_query_position
+from infopt.qtensor import dequantize_array, is_qtensor, no_gradient, planes, round_trip, split_planes, take
+from infopt.spec import Codec, LinearRope, Llama3Rope, RopeScaling, TableRope, Window, YarnRope
 from infopt.typing import Array, Float, Int
 
 Rope = Callable[[Array, Array], Array]
@@ -225,7 +225,7 @@ class Context:
     keep: Any
     lengths: Any
     window: Window | None
-    codec: Format | None
+    codec: Codec | None
     layout: kv.Layout | None = None
     table: Any = None
     attention: str = "reference"
@@ -270,24 +270,87 @@ def attend(
     if window is not None and window.sinks:
         sunk = rope(q, sink_query_position(c.positions, window))
     q = rope(q, c.positions)
+    if c.codec is not None and c.codec.rotate:
+        q, k, sunk = rotated(q), rotated(k), None if sunk is None else rotated(sunk)
+    if c.codec is not None and c.codec.split:
+        return _attend_late(q, k, v, sunk, cache, layer, scale, softcap, sink_logits, c, c.codec)
+    how = dict(scale=scale, softcap=softcap, sink_queries=sunk, sink_logits=sink_logits)
+    form = None if c.codec is None else c.codec.format
     if c.layout is None:
-        k, v = round_trip(k, c.codec), round_trip(v, c.codec)
-        out = flash_attention(
-            q, k, v, window=window.size if window else None, sinks=window.sinks if window else 0, sink_queries=sunk,
-            positions=(c.positions, jnp.where(c.keep, c.positions, -1)), scale=scale, softcap=softcap,
-            sink_logits=sink_logits, implementation=None if c.attention == FLASH else c.attention,
-        )  # fmt: skip
-        return out, cache
+        return _recomputed(q, round_trip(k, form), round_trip(v, form), window, c, how), cache
     keys, values = (
-        kv.write(old, kv.encode(new, c.codec), layer, c.layout, c.table, c.positions, c.keep)
+        kv.write(old, kv.encode(new, form), layer, c.layout, c.table, c.positions, c.keep)
         for old, new in zip(cache, (k, v), strict=True)
     )
-    out = decode_attention(
-        q, keys, values, jnp.asarray(layer, jnp.int32), layout=c.layout, heads=k.shape[2], positions=c.positions,
-        lengths=c.lengths, table=c.table, scale=scale, softcap=softcap, sink_queries=sunk, sink_logits=sink_logits,
-        implementation=CACHED[c.attention],
+    return _cached(q, keys, values, layer, c.layout, k.shape[2], c, how), (keys, values)
+
+
+def _recomputed(q: Array, k: Array, v: Array, window: Window | None, c: Context, how: dict[str, Any]) -> Any:
+    return flash_attention(
+        q, k, v, window=window.size if window else None, sinks=window.sinks if window else 0,
+        positions=(c.positions, jnp.where(c.keep, c.positions, -1)),
+        implementation=None if c.attention == FLASH else c.attention, **how,
     )  # fmt: skip
-    return out, (keys, values)
+
+
+def _cached(
+    q: Array, keys: Any, values: Any, layer: Any, layout: kv.Layout, heads: int, c: Context, how: dict[str, Any]
+) -> Any:
+    return decode_attention(
+        q, keys, values, jnp.asarray(layer, jnp.int32), layout=layout, heads=heads, positions=c.positions,
+        lengths=c.lengths, table=c.table if layout.page is not None else None, implementation=CACHED[c.attention],
+        **how,
+    )  # fmt: skip
+
+
+def _attend_late(
+    q: Array, k: Array, v: Array, sunk: Any, cache: Any, layer: Any, scale: float, softcap: Any, sink_logits: Any,
+    c: Context, codec: Codec,
+) -> tuple[Array, Any]:  # fmt: skip
+    """Over the groups that a query sees rounded, and over the tokens that it sees as they were computed.
+
+    Which are which depends on positions alone (`masks.Late`), so that chunks, decoding and recomputation agree.
+    """
+    heads, found = k.shape[2], []
+    if c.layout is not None:
+        assert c.layout.recent is not None
+        recent = tuple(
+            kv.write(old, kv.encode(new, None), layer, c.layout.recent, None, c.positions, c.keep)
+            for old, new in zip(cache[2:], (k, v), strict=True)
+        )
+        groups, number, whole = kv.completed(recent, layer, c.layout, heads, c.positions, c.lengths)
+        rounded = tuple(
+            kv.write(old, new, layer, c.layout, c.table, number, whole)
+            for old, new in zip(cache[:2], kv.encode_groups(*groups, codec), strict=True)
+        )
+        cache = rounded + recent
+    for share in (Late(codec.split, codec.tail, rounded=True), Late(codec.split, codec.tail, rounded=False)):
+        how = dict(scale=scale, softcap=softcap, sink_queries=sunk, late=share, return_lse=True)
+        if c.layout is None:
+            keys, values = kv.round_groups(k, v, codec) if share.rounded else (k, v)
+            found.append(_recomputed(q, keys, values, share.window(c.window), c, how))
+        else:
+            keys, values = cache[:2] if share.rounded else cache[2:]
+            layout = None if share.rounded else c.layout.recent
+            found.append(_cached(q, keys, values, layer, layout or c.layout, heads, c, how))
+    out, lse = merged(*found)
+    return (out if sink_logits is None else with_sink_logits(out, lse, sink_logits)), cache
+
+
+@functools.cache
+def _hadamard(width: int) -> np.ndarray:
+    """Sylvester's matrix, orthonormal: the entry's sign is the parity of the ones that row and column share."""
+    signs = [[(-1) ** (row & column).bit_count() for column in range(width)] for row in range(width)]
+    return np.asarray(signs, np.float32) * np.float32(width**-0.5)
+
+
+def rotated(x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    """x times the orthonormal Hadamard matrix, which spreads an outlier over all channels and keeps products.
+
+    As QuaRot turns keys after their rope (Ashkboos et al. 2024, "QuaRot", section 4). D is a power of two.
+    """
+    y = jnp.matmul(x.astype(jnp.float32), jnp.asarray(_hadamard(x.shape[-1])), precision=jax.lax.Precision.HIGHEST)
+    return y.astype(x.dtype)
 
 
 def random_weights(key: Array, shapes: dict[str, tuple[int, ...]], norm: float = 1.0) -> dict[str, Array]:

@@ -136,7 +136,7 @@ def _cache_parts(spec: Spec, params: Params, state: State, dtype: str) -> tuple[
             ]
             kind = "linear" if layout.lookahead is None else f"ring, window {window}"
             paged = f", pages of {layout.page}" * (layout.page is not None)
-            codec = dtype if one.kv is None else one.kv.name
+            codec = dtype if one.kv is None else str(one.kv)
             layers = sum(repeats for repeats, _ in stacks)
             what = f"{prefix}{layers} layers, {kind}, {layout.slots} slots a row{paged}, {codec}"
             parts.append(Part(what, nbytes([stack for _, stack in stacks])))

@@ -38,6 +38,7 @@ LEVELS: dict[str, tuple[int, Callable[[Float64], Float64]]] = {
     **{name: (4, lambda code: code - 8) for name in ("int4", "int4_absmax", "q4_0")},
     **{name: (4, lambda code: code) for name in ("int4_min", "int4_zero", "q4_1")},
     "int8_zero": (8, lambda code: code),
+    "int2_min": (2, lambda code: code),
     "int2_zero": (2, lambda code: code),
     **dict.fromkeys(("mxfp4", "nvfp4"), (4, e2m1)),
     "nf4": (4, lambda code: NORMAL_QUANTILES[code.astype(int)]),
@@ -99,22 +100,42 @@ def dequantize(weight: Any) -> Float64:
 
 
 def round_kv(x: Float64, format: Any) -> Float64:
-    """Keys or values `[T, K, D]` as a cache with this codec gives them back; `x` itself where `format` is None."""
+    """Keys or values `[..., D]` rounded to a format by groups of the last axis; `x` itself where there is none."""
     if format is None:
         return x
-    if format.name not in ("int8", "int4_min"):
+    if format.name not in ("int8", "int4_min", "int2_min"):
         raise NotImplementedError(f"the numpy reference has no {format.name!r} codec for keys and values.")
     # Rounded as float32 numbers: a float32 stack must meet the same ties, or a code differs by one for no reason.
     groups = x.astype(np.float32).reshape(*x.shape[:-1], -1, format.group or x.shape[-1])
     low, levels = np.float32(0), np.float32(127)
     reach = np.abs(groups).max(-1, keepdims=True)
-    if format.name == "int4_min":
+    if format.name != "int8":
         low, levels = groups.min(-1, keepdims=True).astype(format.scale).astype(np.float32), np.float32(15)
+        levels = np.float32(3) if format.name == "int2_min" else levels
         reach = groups.max(-1, keepdims=True) - low
     scale = (reach * (1 / levels)).astype(format.scale).astype(np.float32)
     codes = np.rint((groups - low) * (1 / np.where(scale == 0, np.float32(1), scale)))
     codes = np.clip(codes, -levels if format.name == "int8" else 0, levels)
     return (codes.astype(np.float64) * scale.astype(np.float64) + low.astype(np.float64)).reshape(x.shape)
+
+
+def round_keys(k: Float64, codec: Any) -> Float64:
+    """Keys `[T, K, D]` as a cache gives them back: each channel by groups of tokens, of which the last may stay."""
+    if not codec.split:
+        return round_kv(k, codec.format)
+    k = k.copy()
+    for first in range(0, len(k) - codec.split + 1, codec.split):
+        group = k[first : first + codec.split]
+        k[first : first + codec.split] = round_kv(group.transpose(1, 2, 0), codec.keys).transpose(2, 0, 1)
+    return k
+
+
+def hadamard(width: int) -> Float64:
+    """The orthonormal Hadamard matrix, by doubling."""
+    h = np.ones((1, 1))
+    while len(h) < width:
+        h = np.block([[h, h], [h, -h]])
+    return h / np.sqrt(width)
 
 
 def rms_norm(x: Float64, weight: Float64, eps: float) -> Float64:
@@ -174,17 +195,29 @@ def attention(
 
     `sinks` `[H]` are one more score of each query, whose value is 0.
     """
-    length, heads, _ = q.shape
+    length, heads, width = q.shape
     at = np.arange(length)
     query, key = at[:, None], at[None, :]
-    k, v = round_kv(rope(k, at), kv), round_kv(v, kv)
-    k, v = (np.repeat(u, heads // u.shape[1], axis=1) for u in (k, v))
-    scores = np.einsum("qhd,phd->hqp", rope(q, at), k)
+    turn = hadamard(width) if kv is not None and kv.rotate else np.eye(width)
+    k = rope(k, at) @ turn
+    kept = [(k, v)] if kv is None else [(round_keys(k, kv), round_kv(v, kv.format)), (k, v)]
+    kept = [[np.repeat(u, heads // u.shape[1], axis=1) for u in pair] for pair in kept]
+    is_rounded = np.full((length, length), True)
+    if kv is not None and kv.split:
+        for p in range(length):
+            for j in range(p + 1):
+                after = p + 1 - (j - j % kv.split + kv.split)  # tokens that have followed the group
+                is_rounded[p, j] = after >= kv.tail
+
+    def products(queries: Float64) -> Float64:
+        of = [np.einsum("qhd,phd->hqp", queries @ turn, keys) for keys, _ in kept]
+        return np.where(is_rounded, of[0], of[-1])
+
+    scores = products(rope(q, at))
     visible = key <= query
     if window is not None:
         # To a sink, a query is never further away than the window is long.
-        near = np.einsum("qhd,phd->hqp", rope(q, np.minimum(at, window.size - 1)), k)
-        scores = np.where(key < window.sinks, near, scores)
+        scores = np.where(key < window.sinks, products(rope(q, np.minimum(at, window.size - 1))), scores)
         visible = visible & ((key > query - window.size) | (key < window.sinks))
     scores = scores * scale
     if cap is not None:
@@ -194,7 +227,10 @@ def attention(
         scores = np.append(scores, np.tile(sinks[:, None, None], (1, length, 1)), -1)
     weight = np.exp(scores - scores.max(-1, keepdims=True))
     weight = weight / weight.sum(-1, keepdims=True)
-    return np.einsum("hqp,phd->qhd", weight[..., :length], v).reshape(length, -1)
+    weight = weight[..., :length]
+    out = np.einsum("hqp,phd->qhd", np.where(is_rounded, weight, 0), kept[0][1])
+    out = out + np.einsum("hqp,phd->qhd", np.where(is_rounded, 0, weight), kept[-1][1])
+    return out.reshape(length, -1)
 
 
 class Layer:

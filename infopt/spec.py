@@ -148,6 +148,33 @@ class Config:
 
 
 @dataclasses.dataclass(frozen=True)
+class Codec:
+    """How keys and values are rounded.
+
+    Args:
+      format: of values, in groups of a head's channels; of keys too, unless they are split.
+      rotate: whether keys, and queries with them, are turned by a Hadamard matrix first.
+      split: tokens that share a scale in each channel of keys (0: keys are rounded as values are). Group g holds
+        positions g * split to (g + 1) * split - 1.
+      tail: tokens that must have followed a group, of those that are split, before it is seen rounded.
+    """
+
+    format: Format
+    rotate: bool = False
+    split: int = 0
+    tail: int = 0
+
+    @property
+    def keys(self) -> Format:
+        """The format of keys, in groups of tokens where they are split."""
+        return dataclasses.replace(self.format, group=self.split) if self.split else self.format
+
+    def __str__(self) -> str:
+        rotated, split = ", keys rotated" * self.rotate, f", keys by channel over {self.split} tokens"
+        return self.format.name + rotated + (split if self.split else "")
+
+
+@dataclasses.dataclass(frozen=True)
 class Speculation:
     """The program of a speculative stack: the draft's Spec, and how many tokens it guesses a round."""
 
@@ -177,7 +204,7 @@ class Spec:
     window: tuple[Window | None, ...] = ()
     attention: str = "reference"
     cache: bool = False
-    kv: Format | None = None
+    kv: Codec | None = None
     page: int | None = None
     program: Speculation | None = None
 
@@ -192,6 +219,8 @@ class Spec:
 
 
 def _plain(x: Any) -> Any:
+    if isinstance(x, Codec) and x == Codec(x.format):
+        return _plain(x.format)  # as in Specs from before there was any other
     if dataclasses.is_dataclass(x):
         fields = {f.name: _plain(getattr(x, f.name)) for f in dataclasses.fields(x)}
         if isinstance(x, Format) and not x.pad:

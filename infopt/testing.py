@@ -83,10 +83,12 @@ PACKINGS: tuple[Transform, ...] = (
     quantize(bits=3, group=16),
     quantize(bits=2, group=16),
     cache_kv(bits=4),
+    cache_kv(bits=2, rotate=True),
+    cache_kv(bits=4, split=4, tail=3),
     flash_attention("blockwise"),
 )
-"""One of each other packing: floats, minima, zero points, scales of scales, words of three bytes, four to a byte; and
-attention by block. Stacked in full pairs with the examples over the first family."""
+"""One of each other packing: floats, minima, zero points, scales of scales, words of three bytes, four to a byte;
+keys rotated, and by channel; attention by block. Stacked in full pairs with the examples over the first family."""
 
 _SIZES = dict(layers=3, dim=32, heads=4, kv_heads=2, head_dim=16, mlp=48, vocab=61, context=64, tied=False)
 _YARN = YarnRope(factor=4.0, original_context=16, beta_fast=2.0, attention_factor=1.1)
@@ -122,11 +124,10 @@ _HANDFUL = 8
 
 TOLERANCE = 1e-4
 """Of the standard deviation of the oracle's logits."""
-ROUNDED, ROUNDED_4 = 3e-2, 0.5
+ROUNDED = {8: 3e-2, 4: 0.5, 2: 2.0}
 TRIES = 8
 """Where keys and values are rounded, and a value or a scale lay on the edge, it may round the other way. Such a stack
-is tried on so many texts at most, must stay within ROUNDED on each (ROUNDED_4 with 4 bits), and within TOLERANCE on
-one."""
+is tried on so many texts at most, must stay within ROUNDED on each, by its bits, and within TOLERANCE on one."""
 
 _CHUNK, _MAX_LEN, _LENGTHS = 5, 40, (26, 19, 11)
 
@@ -192,7 +193,7 @@ def verify(model: Model, params: Params, *, generation: bool = True) -> float:
 
 def _edge(spec: Spec) -> float:
     """What one rounding that goes the other way may change."""
-    return TOLERANCE if spec.kv is None else ROUNDED_4 if spec.kv.row.bits == 4 else ROUNDED
+    return TOLERANCE if spec.kv is None else ROUNDED[spec.kv.format.row.bits]
 
 
 def _verify_text(model: Model, params: Params, generation: bool, text: int) -> float:
@@ -771,7 +772,8 @@ def markdown(results: dict[tuple[str, int], list[Outcome]]) -> str:
         "rollbacks; tokens drawn by every speculative stack and a third of the others are checked one by one (logits",
         "alone in families of which a handful of pairs is tried). With",
         f"rounded keys and values a value on the edge may round the other way: such a stack is tried on up to {TRIES}",
-        f"texts, and must agree within {ROUNDED:g} on each ({ROUNDED_4:g} with 4 bits) and {TOLERANCE:g} on one.",
+        f"texts, and must agree within {ROUNDED[8]:g} on each ({ROUNDED[4]:g} with 4 bits, {ROUNDED[2]:g} with 2) and",
+        f"{TOLERANCE:g} on one.",
         "Orders that give equal Specs and params run once. "
         + (
             "All of these families have such a model."

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 from infopt.models import Gemma3Config, GptOssConfig, LlamaConfig
 from infopt.qtensor import Format
 from infopt.reference import REFERENCES, dequantize, reference, rotary, round_kv
-from infopt.spec import LinearRope, Llama3Rope, Spec, Window, YarnRope
+from infopt.spec import Codec, LinearRope, Llama3Rope, Spec, Window, YarnRope
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 
@@ -393,7 +393,7 @@ def test_round_kv_by_hand() -> None:
 
 def test_codec_rounds_rotated_keys_and_values() -> None:
     """Rounding keys before the rotation would be another number."""
-    spec, weights = toy(None, kv=Format("int8"))
+    spec, weights = toy(None, kv=Codec(Format("int8")))
     tokens = [3, 1, 4]
     exact, rounded = reference(spec.replace(kv=None), weights, tokens), reference(spec, weights, tokens)
     assert 1e-6 < np.abs(exact - rounded).max() < 0.1

@@ -299,7 +299,9 @@ def _commit() -> str:
 
 def _key(stack: Model, about: Mapping[str, Any], metrics: Sequence[str]) -> str:
     """What a row depends on: equal keys, equal quality."""
-    named = {fmt.name for fmt in [*dict(stack.spec.weights).values(), stack.spec.kv] if fmt is not None}
+    named = {fmt.name for fmt in dict(stack.spec.weights).values()}
+    if stack.spec.kv is not None:
+        named.add(stack.spec.kv.format.name)
     parts = [
         stack.spec.to_json(),
         stack.recipe.steps,

@@ -356,7 +356,12 @@ def _problem(spec: Spec) -> str | None:
     if names != sorted(set(names)) or any(len(known.get(name, ())) < 2 for name in names):
         return "it packs a weight twice, or one that is no matrix of this model"
     widths = [(name, known[name][-1], f) for name, f in spec.weights]
-    for name, width, fmt in [*widths, *([("a head", spec.config.head_dim, spec.kv)] if spec.kv else [])]:
+    if (kv := spec.kv) is not None:
+        head = spec.config.head_dim
+        widths += [("a head", head, kv.format), ("keys", kv.split or head, kv.keys)]
+        if kv.split < 0 or kv.tail < 0 or (kv.tail and not kv.split) or (kv.rotate and head & (head - 1)):
+            return f"its codec of keys and values, {kv}, fits no head of {head} channels"
+    for name, width, fmt in widths:
         if fmt.scale not in {**FLOATS, **SMALL}.values():
             return f"{name} has scales of an unknown type, {fmt.scale!r:.20}"
         try:

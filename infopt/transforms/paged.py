@@ -34,6 +34,13 @@ class Paged(Transform):
                 "a slot lies in one page.",
                 "leave one of the two out",
             )
+        if spec.kv is not None and spec.kv.split and self.page % spec.kv.split:
+            raise order_error(
+                self,
+                f"was applied to a cache whose keys are rounded over {spec.kv.split} tokens",
+                "such a group lies in one page.",
+                f"a page that {spec.kv.split} divides: paged({-(-self.page // spec.kv.split) * spec.kv.split})",
+            )
 
     def edit(self, spec: Spec) -> Spec:
         return spec.replace(page=self.page)
@@ -51,7 +58,7 @@ def paged(page: int = 16) -> Paged:
       page: slots in a page.
 
     Raises:
-      TransformOrderError: no cache yet, or pages already.
+      TransformOrderError: no cache yet, or pages already; or groups of tokens that do not fill them.
 
     >>> import infopt as ip
     >>> model = (ip.cache_kv() | paged(4))(ip.models.llama())

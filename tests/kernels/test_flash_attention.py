@@ -89,6 +89,16 @@ def test_its_gradient_is_that_of_the_reference(name, shape):
         np.testing.assert_allclose(got[each], want[each], atol=5e-5, rtol=5e-5, err_msg=each)
 
 
+def test_the_gradient_of_sinks_that_are_seen_by_the_queries_themselves():
+    q, k, v = Shape("", queries=60).arrays()
+
+    def loss(q, name):
+        return jnp.sum(jnp.sin(3 * flash_attention(q, k, v, window=9, sinks=3, implementation=name)))
+
+    want, got = (jax.grad(loss)(q, name) for name in ("reference", "blockwise"))
+    np.testing.assert_allclose(got, want, atol=5e-5)
+
+
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_a_window_as_long_as_the_text_is_no_window(name):
     shape = BY_NAME["window_as_long_as_the_text"]

@@ -12,9 +12,10 @@ from infopt.cache import Layout
 from infopt.errors import InfoptError, nearest
 from infopt.kernels.decode_attention import pallas_gpu, pallas_tpu, xla
 from infopt.kernels.decode_attention.call import Call
-from infopt.kernels.flash_attention.api import EVERYWHERE, with_sink_logits
+from infopt.kernels.flash_attention.api import EVERYWHERE, NOT_LATE, with_sink_logits
 from infopt.kernels.flash_attention.options import Options
 from infopt.kernels.platforms import only_on
+from infopt.masks import Late
 from infopt.typing import Array
 
 
@@ -62,6 +63,7 @@ def decode_attention(
     softcap: float | None = None,
     sink_queries: Array | None = None,
     sink_logits: Array | None = None,
+    late: Late | None = None,
     return_lse: bool = False,
     implementation: str | None = None,
     interpret: bool = False,
@@ -85,6 +87,7 @@ def decode_attention(
       softcap: scores become softcap * tanh(score / softcap).
       sink_queries: `[B, T, H, D]`, the queries as they look at the window's sinks; q by default.
       sink_logits: `[H]`: one more score a head that has no value.
+      late: of keys that are rounded late, which ones these are (`infopt.masks.Late`).
       return_lse: whether to return the log-sum-exp `[B, T, H]` too (without the sink logits).
       implementation: a name in `IMPLEMENTATIONS`; None takes what suits the platform and the shape.
       interpret: run a Pallas kernel in Pallas' interpreter, on any platform.
@@ -114,6 +117,7 @@ def decode_attention(
         window=window.size if window else None,
         sinks=window.sinks if window else 0,
         softcap=None if softcap is None else float(softcap),
+        late=late,
     )
     sink_q = None if not o.sinks else q if sink_queries is None else sink_queries
     call = Call(q, sink_q, keys, values, layer, positions, lengths, table, layout, o, heads)
@@ -126,7 +130,7 @@ def decode_attention(
 
 def _run(call: Call, name: str | None, interpret: bool) -> tuple[Array, Array]:
     if name is None:
-        if pallas_tpu.refuses(call):
+        if call.options.late is not None or pallas_tpu.refuses(call):
             return xla.forward(call)
         return jax.lax.platform_dependent(call, tpu=pallas_tpu.forward, default=xla.forward)
     if name not in IMPLEMENTATIONS:
@@ -136,7 +140,7 @@ def _run(call: Call, name: str | None, interpret: bool) -> tuple[Array, Array]:
             fix="one of " + ", ".join(IMPLEMENTATIONS),
         )
     chosen = IMPLEMENTATIONS[name]
-    if refused := chosen.refuses(call):
+    if refused := NOT_LATE if call.options.late is not None and name != "xla" else chosen.refuses(call):
         raise InfoptError(
             f"{name} cannot serve queries {tuple(call.q.shape)} of {call.layout}: {refused}",
             why="its blocks are laid out for that hardware.",

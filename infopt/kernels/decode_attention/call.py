@@ -26,7 +26,7 @@ class Call:
       q: queries `[B, T, H, D]`.
       sink_q: the queries as they look at sinks, or None where there are none.
       keys, values: whole stacks `[R, B, S, K * D]`, in pages `[R, pool of slots, K * D]`; arrays, or QTensors whose
-        leaves have that form.
+        leaves have that form. In groups of tokens `[..., G * K * D]`, keys by channel.
       layer: which of the R.
       positions: `[B, T]` of the queries.
       lengths: `[B]` tokens that each row holds, the new ones included.
@@ -55,4 +55,4 @@ class Call:
     @property
     def used(self) -> Any:
         """`[B]` slots that hold anything: they are the first ones, in every layout."""
-        return jnp.minimum(self.lengths, self.layout.slots)
+        return jnp.minimum(self.lengths // self.layout.group, self.layout.slots)

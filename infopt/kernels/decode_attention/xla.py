@@ -19,13 +19,13 @@ PLAIN = 512 * 512
 """Scores a head up to which they are all kept at once."""
 
 
-def read_lengths(slots: int) -> list[int]:
+def read_lengths(slots: int, fewest: int = FEWEST) -> list[int]:
     """How many slots a step may read.
 
     >>> read_lengths(1000), read_lengths(64)
     ([256, 512, 1000], [64])
     """
-    found, n = [], FEWEST
+    found, n = [], fewest
     while n < slots:
         found.append(n)
         n *= 2
@@ -34,7 +34,7 @@ def read_lengths(slots: int) -> list[int]:
 
 def forward(call: Call) -> tuple[Array, Array]:
     """The output `[B, T, H, D]` and the log-sum-exp of scores `[B, T, H]`."""
-    lengths = read_lengths(call.layout.slots)
+    lengths = read_lengths(call.layout.slots, max(FEWEST // call.layout.group, 1))
     branches = [functools.partial(_of_first, n) for n in lengths]
     return branches[0](call) if len(branches) == 1 else jax.lax.switch(_enough(call, lengths), branches, call)
 
@@ -46,10 +46,12 @@ def _enough(call: Call, lengths: list[int]) -> Array:
 
 
 def _of_first(n: int, call: Call) -> tuple[Array, Array]:
-    k, v = (
-        kv.decode(kv.read(x, call.layer, call.layout, call.table, n), call.heads, call.q.dtype)
-        for x in (call.keys, call.values)
-    )
-    places = Places(call.positions, call.layout.positions(call.lengths)[:, :n])
-    forward = reference.forward if call.q.shape[1] * n <= PLAIN else blockwise.forward
+    layout = call.layout
+    stored = [kv.read(x, call.layer, layout, call.table, n) for x in (call.keys, call.values)]
+    if layout.group > 1:
+        k, v = kv.decode_groups(*stored, layout.group, call.heads, call.q.dtype)
+    else:
+        k, v = (kv.decode(x, call.heads, call.q.dtype) for x in stored)
+    places = Places(call.positions, layout.positions(call.lengths)[:, : n * layout.group])
+    forward = reference.forward if call.q.shape[1] * n * layout.group <= PLAIN else blockwise.forward
     return forward(call.q, call.sink_q, k, v, places, call.options)

@@ -14,6 +14,7 @@ from infopt.errors import InfoptError, nearest
 from infopt.kernels.flash_attention import blockwise, pallas_gpu, pallas_tpu, reference
 from infopt.kernels.flash_attention.options import Options, Places
 from infopt.kernels.platforms import only_on
+from infopt.masks import Late
 from infopt.typing import Array
 
 PLAIN = 512 * 512
@@ -36,6 +37,7 @@ class Implementation:
 
 
 EVERYWHERE = ("cpu", "gpu", "tpu")
+NOT_LATE = "it takes no keys that are rounded late."
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "reference": Implementation(reference.forward, EVERYWHERE),
     "blockwise": Implementation(blockwise.forward, EVERYWHERE),
@@ -67,6 +69,7 @@ def flash_attention(
     segments: tuple[Array, Array] | None = None,
     positions: tuple[Array, Array] | None = None,
     sink_logits: Array | None = None,
+    late: Late | None = None,
     return_lse: bool = False,
     implementation: str | None = None,
     interpret: bool = False,
@@ -93,6 +96,7 @@ def flash_attention(
       positions: `[B, T]` and `[B, S]` in place of `offsets` and `lengths`; -1 is an empty key, seen by nobody. A
         position below `sinks` must stand in the place of that number.
       sink_logits: `[H]`: one more score a head that has no value (as gpt-oss learns it).
+      late: of keys that are rounded late, which ones these are (`infopt.masks.Late`); `merged` joins the two.
       return_lse: whether to return the log-sum-exp `[B, T, H]` too (without the sink logits).
       implementation: a name in `IMPLEMENTATIONS`; None takes what suits the platform and the shape.
       interpret: run a Pallas kernel in Pallas' interpreter, on any platform.
@@ -119,6 +123,7 @@ def flash_attention(
     o = Options(
         scale=float(q.shape[-1] ** -0.5 if scale is None else scale), causal=causal, window=window,
         sinks=sinks if window is not None else 0, softcap=None if softcap is None else float(softcap),
+        late=late,
     )  # fmt: skip
     if positions is None:
         positions = _positions(q, k, lengths, offsets)
@@ -127,6 +132,8 @@ def flash_attention(
     if not o.sinks:
         sink_queries = None
     name = _choice(q, k, v, o, implementation)
+    if late is not None and not name:
+        name = "reference" if q.shape[1] * k.shape[1] <= PLAIN else "blockwise"
     if name == "reference":  # which JAX differentiates by itself, forwards too
         out, lse = reference.forward(q, sink_queries, k, v, places, o)
     else:
@@ -141,6 +148,14 @@ def with_sink_logits(out: Array, lse: Array, logits: Array) -> Array:
     """`out` `[B, T, H, E]` with one more score a head, `[H]`, in the softmax's sum: out * sigmoid(lse - logit)."""
     share = jax.nn.sigmoid(lse - jnp.broadcast_to(logits.astype(jnp.float32), lse.shape))
     return (out.astype(jnp.float32) * share[..., None]).astype(out.dtype)
+
+
+def merged(one: tuple[Array, Array], other: tuple[Array, Array]) -> tuple[Array, Array]:
+    """Attention over two sets of keys out of that over each, pairs of `out` `[B, T, H, D]` and `lse` `[B, T, H]`."""
+    lse = jnp.logaddexp(one[1], other[1])
+    total = jnp.where(jnp.isinf(lse), 0.0, lse)
+    out = sum(o.astype(jnp.float32) * jnp.exp(part - total)[..., None] for o, part in (one, other))
+    return jnp.asarray(out).astype(one[0].dtype), lse
 
 
 def _positions(q: Array, k: Array, lengths: Any, offsets: Any) -> tuple[Array, Array]:
@@ -162,7 +177,8 @@ def _choice(q: Array, k: Array, v: Array, o: Options, name: str | None) -> str:
             why=nearest(name, list(IMPLEMENTATIONS)),
             fix="one of " + ", ".join(IMPLEMENTATIONS),
         )
-    if refused := IMPLEMENTATIONS[name].refuses(q, k, v, o):
+    late = o.late is not None and IMPLEMENTATIONS[name].platforms != EVERYWHERE
+    if refused := NOT_LATE if late else IMPLEMENTATIONS[name].refuses(q, k, v, o):
         raise InfoptError(
             f"{name} cannot serve q {tuple(q.shape)}, k {tuple(k.shape)}: {refused}",
             why="its blocks are laid out for that hardware.",

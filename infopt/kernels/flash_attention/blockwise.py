@@ -101,7 +101,11 @@ def backward(
     if b.sunk is not None:
         n = b.sunk[0].shape[2]
         dk, dv = (x.at[:, :n].add(d.transpose(0, 2, 1, 3)) for x, d in zip((dk, dv), d_sunk))
-    d_sinks = None if sink_q is None else b.whole(d_sink_q).astype(q.dtype) if b.sunk is not None else 0 * sink_q
+    d_sinks = None
+    if b.sunk is not None and sink_q is None:  # the queries themselves looked at the sinks
+        dq = dq + d_sink_q
+    elif sink_q is not None:
+        d_sinks = 0 * sink_q if b.sunk is None else b.whole(d_sink_q).astype(q.dtype)
     return b.whole(dq).astype(q.dtype), d_sinks, dk.astype(k.dtype), dv.astype(v.dtype)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from infopt.masks import seen
+from infopt.masks import Late, seen
 from infopt.typing import Array, Bool, Float, Int
 
 NEVER = -1e30
@@ -26,6 +26,7 @@ class Options:
       window: how many positions back a query sees, itself included; None: all.
       sinks: the first positions, which every query sees beside its window.
       softcap: scores become softcap * tanh(score / softcap).
+      late: of keys that are rounded late, which ones these are; None: they are not.
     """
 
     scale: float
@@ -33,6 +34,7 @@ class Options:
     window: int | None = None
     sinks: int = 0
     softcap: float | None = None
+    late: Late | None = None
 
 
 @functools.partial(
@@ -86,6 +88,8 @@ def _cut(x: Any, start: Any, count: int) -> Any:
 def mask(o: Options, p: Places) -> Bool[Array, "B T S"]:
     """Whether each query sees each key."""
     allowed = seen(p.query[:, :, None], p.key[:, None, :], o.window, o.sinks, o.causal)
+    if o.late is not None:
+        allowed &= o.late.seen(p.query[:, :, None], p.key[:, None, :])
     if p.query_segment is not None:
         allowed &= p.query_segment[:, :, None] == p.key_segment[:, None, :]
     return allowed
