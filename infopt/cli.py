@@ -525,7 +525,7 @@ def _ablate(args: argparse.Namespace) -> int:
 
 def _bench(args: argparse.Namespace) -> int:
     if args.what == "tpu":
-        os.environ.setdefault("JAX_PLATFORMS", "cpu")  # or JAX looks for the TPU itself
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")  # or JAX would use libtpu, and find no TPU
     _prepare_jax(keep=False)  # compile seconds are of a first compilation
     from infopt import tpu
     from infopt.bench import attention, generation

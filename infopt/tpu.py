@@ -273,9 +273,9 @@ def row(case: Case, generation: str) -> dict[str, Any]:
 def versus(length: int, generation: str = "v5p", group: int = 4, width: int = 128, **options: Any) -> dict[str, Any]:
     """The flash kernel beside XLA's unfused attention: one key/value head and its queries, bfloat16, causal.
 
-    The kernel's bytes are counted from its grid (`pallas_tpu.traffic`), and what is laid out anew around it, once in and
-    once out; XLA's are those of its cost analysis, of a program that has neither kernels nor loops. One head: for more
-    the scores of 32k tokens fit no chip.
+    The kernel's bytes are counted from its grid (`pallas_tpu.traffic`), and what is laid out anew around it, once in
+    and once out; XLA's are those of its cost analysis, of a program that has neither kernels nor loops. One head: for
+    more the scores of 32k tokens fit no chip.
 
     Args:
       length: of the text.
@@ -312,8 +312,8 @@ def versus(length: int, generation: str = "v5p", group: int = 4, width: int = 12
 
 NOTES = (
     "Compiled ahead of time by libtpu, executed nowhere. cost_* are XLA's cost analysis: it counts a loop's body once, "
-    "and of a kernel what its author estimates. temp_bytes are of high-bandwidth memory; what XLA keeps in vector memory "
-    "counts as 0. own_layouts: with arguments and results as XLA itself would lay them out."
+    "and of a kernel what its author estimates. temp_bytes are of high-bandwidth memory: what XLA keeps in vector "
+    "memory counts as 0. own_layouts: with arguments and results as XLA itself would lay them out."
 )
 
 
@@ -332,14 +332,14 @@ def report(say: Callable[[str], None] = print) -> dict[str, Any]:
                     f"{found['compile_seconds']:>8.1f} s"
                 )
     say("\nflash kernel and unfused attention, one key/value head and its 4 query heads of 128, v5p")
-    for length, options in ((8192, {}), (32768, {}), (32768, {"window": 4096})):
+    texts: list[tuple[int, dict[str, Any]]] = [(8192, {}), (32768, {}), (32768, {"window": 4096})]
+    for length, options in texts:
         found = versus(length, **options)
         ratios.append(found)
         window = f", window {options['window']}" if options else ""
-        say(
-            f"{length} tokens{window}: unfused moves {found['unfused_bytes_over_kernel']:.1f} x the bytes; it takes "
-            f"{found['unfused_temp_bytes'] / 1e6:.0f} MB of temporary memory, the kernel {found['kernel_temp_bytes'] / 1e6:.1f} MB"
-        )
+        temp, unfused = (f"{found[k] / 1e6:.1f} MB" for k in ("kernel_temp_bytes", "unfused_temp_bytes"))
+        more = found["unfused_bytes_over_kernel"]
+        say(f"{length} tokens{window}: unfused moves {more} x the bytes; temporary memory {unfused}, kernel {temp}")
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")}
     return {"notes": NOTES, "versions": versions, **rows, "flash_against_unfused": ratios}
 

@@ -13,6 +13,9 @@ import threading
 import urllib.parse
 from pathlib import Path
 
+# Before JAX is imported, and for the processes that tests start: libtpu is here to compile for TPUs, not to find one.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
 import jax
 import pytest
 from jaxtyping import install_import_hook

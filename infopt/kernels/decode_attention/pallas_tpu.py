@@ -5,8 +5,8 @@ lengths and block table are handed in by scalar prefetch: a layer is read where 
 lies in the pool, and slots that hold nothing are never fetched.
 
 All heads of a slot lie side by side, so a block is a matrix `[slots, K * D]`. Heads are taken in bundles of whole
-vector registers, queries being zero in the channels of their bundle's other heads. With few queries one bundle holds all
-heads: what is multiplied by zeros costs nothing then, since the matrix unit is waiting for keys.
+vector registers, queries being zero in the channels of their bundle's other heads. With few queries one bundle holds
+all heads: what is multiplied by zeros costs nothing then, since the matrix unit is waiting for keys.
 
 Mosaic knows no float16 on TPUs: XLA hands in the layer's scales (and minima) as whole numbers, slots along the lanes,
 the form in which it keeps so narrow an array; of them alone, a sixteenth of 8-bit keys, it reads every slot. The kernel

@@ -260,12 +260,12 @@ def _kernel(plan: Plan, o: Options, order: Any, count: Any, *refs: Any) -> None:
     `[1, 1, Q]` and `[1, 1, S]`, segments alike; out `[1, 1, G, Q, E]`, lse `[1, 1, G, Q]`; maximum and sum
     `[G * Q, 128]`, output `[G * Q, E]`, places (and segments) of queries in a column `[Q, 128]`.
     """
-    refs = list(refs)
-    q = refs.pop(0)
-    sink_q = refs.pop(0) if plan.sinks else None
-    k, v = refs.pop(0), refs.pop(0)
-    sides = [(refs.pop(0), refs.pop(0)) for _ in range(1 + plan.segments)]
-    out, lse, most, total, acc, *columns = refs
+    rest = list(refs)
+    q = rest.pop(0)
+    sink_q = rest.pop(0) if plan.sinks else None
+    k, v = rest.pop(0), rest.pop(0)
+    sides = [(rest.pop(0), rest.pop(0)) for _ in range(1 + plan.segments)]
+    out, lse, most, total, acc, *columns = rest
     rows = plan.group * plan.queries
     b, i, j = pl.program_id(0), pl.program_id(2), pl.program_id(3)
     n, m = plan.blocks
