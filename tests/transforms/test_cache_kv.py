@@ -197,7 +197,7 @@ def test_what_a_split_cache_takes_is_its_groups_and_a_ring_of_the_latest_tokens(
     assert model.token_bytes() == 2 * (8 // 2 + 8 * 4 // 4 + 8 // 2 + 4)  # two layers, one head; a scale, a minimum
     states = [model.init_state(1, n, chunk=5) for n in (24, 40)]
     sizes = [sum(leaf.nbytes for leaf in jax.tree.leaves(state.kv)) for state in states]
-    recent = 4 + 3 + 5 - 1
+    recent = 4 + 3 + 5 - 2
     assert sizes == [n * model.token_bytes() + recent * 2 * 2 * 8 * 4 for n in (24, 40)]
     assert [state.lookahead for state in states] == [5, 5]
 
