@@ -68,13 +68,17 @@ class Layout:
 
     @staticmethod
     def _in_groups(window: Window | None, max_len: int, lookahead: int, page: int | None, codec: Codec) -> Layout:
-        """As many groups as a window may touch; of the latest tokens, what a query sees and a group is made of."""
+        """As many groups as a window may touch; of the latest tokens, what a query sees and a group is made of.
+
+        slots  = ceil((size + lookahead - 1) / group) + ceil(sinks / group)  groups, and
+        recent = group + max(tail, 1) + sinks + lookahead - 2  tokens
+        """
         group, sinks = codec.split, window.sinks if window else 0
-        recent = Layout.plan(Window(group + codec.tail, sinks), max_len, lookahead, None)
+        recent = Layout.plan(Window(group + max(codec.tail, 1) - 1, sinks), max_len, lookahead, None)
         sees = Late(group, codec.tail, rounded=False).window(window)
         slots, ring = -(-max_len // group), None
         if window is not None:
-            touched = -(-(window.size + lookahead - 2) // group) + 1 + -(-sinks // group)
+            touched = -(-(window.size + lookahead - 1) // group) + -(-sinks // group)
             if touched < slots:
                 slots, ring = touched, lookahead
         pages = None if page is None else page // group

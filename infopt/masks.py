@@ -58,7 +58,7 @@ class Late:
         """A window that leaves out nothing of the share that the layer's own window leaves in."""
         if self.rounded:
             return window
-        size, sinks = self.group + self.tail, window.sinks if window else 0
+        size, sinks = self.group + max(self.tail, 1) - 1, window.sinks if window else 0
         return Window(max(size if window is None else min(size, window.size), sinks), sinks)
 
 

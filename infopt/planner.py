@@ -136,9 +136,12 @@ def _cache_parts(spec: Spec, params: Params, state: State, dtype: str) -> tuple[
             ]
             kind = "linear" if layout.lookahead is None else f"ring, window {window}"
             paged = f", pages of {layout.page}" * (layout.page is not None)
+            slots = f"{layout.slots} slots a row"
+            if layout.recent is not None:
+                slots = f"{layout.slots} groups of {layout.group} and {layout.recent.slots} latest tokens a row"
             codec = dtype if one.kv is None else str(one.kv)
             layers = sum(repeats for repeats, _ in stacks)
-            what = f"{prefix}{layers} layers, {kind}, {layout.slots} slots a row{paged}, {codec}"
+            what = f"{prefix}{layers} layers, {kind}, {slots}{paged}, {codec}"
             parts.append(Part(what, nbytes([stack for _, stack in stacks])))
     return tuple(parts)
 
@@ -174,7 +177,7 @@ def _layers(
             names = [f"layers.{seg.layer(0, phase)}.{name}" for name in seg.names[phase]]
             copies = sum(copied(name, expected[name], seg.repeats > 1) for name in names)
             widest = max(max(expected[name]) for name in names)
-            slots = layouts[groups.index(seg.windows[phase])].slots if spec.cache else context
+            slots = layouts[groups.index(seg.windows[phase])].tokens if spec.cache else context
             each = tokens if spec.cache else context  # queries of a row
             whole = each * slots <= xla.PLAIN if spec.cache else spec.attention == "reference"
             kept = each * slots if whole else min(each, blockwise.QUERIES) * min(slots, blockwise.KEYS)

@@ -17,7 +17,7 @@ from infopt.errors import InfoptError, PromptError
 from infopt.model import Weights
 from infopt.qtensor import Format
 from infopt.reference import reference
-from infopt.spec import Window
+from infopt.spec import Codec, Window
 
 LONGEST = 40
 
@@ -91,6 +91,63 @@ def test_a_ring_of_window_sinks_and_lookahead_minus_one_slots_is_exact(window: W
 def test_a_ring_one_slot_smaller_loses_keys(window: Window, lookahead: int) -> None:
     layout = Layout.plan(window, 64, lookahead, None)
     assert missing(dataclasses.replace(layout, slots=layout.slots - 1), window, lookahead) > 0
+
+
+def lost_in_groups(layout: Layout, window: Window | None, lookahead: int, tail: int, seed: int = 0) -> int:
+    """Of groups that are rounded late: tokens that a query needs, rounded or as computed, or a group, and not finds."""
+    group, recent = layout.group, layout.recent
+    assert recent is not None
+    slot, place = slots_of(recent), slots_of(layout)
+    said, said_recent = positions_of(layout), positions_of(recent)
+    rng = np.random.default_rng(seed)
+    length = peak = lost = 0
+    held, whole = np.full(recent.slots, -1), np.full(layout.slots, -1)
+    for turn in range(200):
+        n = min(int(rng.integers(1, lookahead + 1)) if turn % 2 else lookahead, LONGEST - length)
+        before, length = length, length + n
+        for p in range(before, length):
+            held[slot[p]] = p
+        for g in range(before // group, length // group):
+            lost += sum(held[slot[p]] != p for p in range(g * group, (g + 1) * group))
+            whole[place[g]] = g
+        for query in range(before, length):
+            for key in range(query + 1):
+                if window is None or key > query - window.size or key < window.sinks:
+                    g = key // group
+                    if (g + 1) * group + tail <= query + 1:
+                        at = place[g] * group + key % group
+                        lost += not (whole[place[g]] == g and said[length, at] == key)
+                    else:
+                        lost += not (held[slot[key]] == key and said_recent[length, slot[key]] == key)
+        peak = max(peak, length)
+        if rng.random() < 0.6 or length == LONGEST:
+            length -= min(int(rng.integers(0, lookahead - (peak - length) + 1)), length)
+        if length == LONGEST:
+            length = peak = 0
+            held, whole = np.full(recent.slots, -1), np.full(layout.slots, -1)
+    return lost
+
+
+GROUPS = [
+    (None, 4, 4, 3), (None, 1, 4, 0), (None, 7, 3, 1),
+    (Window(6), 4, 4, 3), (Window(9), 3, 2, 0), (Window(12, 5), 5, 4, 2),
+]  # fmt: skip
+"""Window, lookahead, tokens a group, tail."""
+
+
+@pytest.mark.parametrize(("window", "lookahead", "group", "tail"), GROUPS, ids=str)
+def test_groups_and_their_ring_hold_what_late_rounding_needs_and_no_slot_more(window, lookahead, group, tail) -> None:
+    codec = Codec(Format("int8"), split=group, tail=tail)
+    layout = Layout.plan(window, 4 * LONGEST, lookahead, None, codec)
+    recent = layout.recent
+    assert recent is not None
+    assert recent.slots == group + max(tail, 1) + (window.sinks if window else 0) + lookahead - 2
+    assert lost_in_groups(layout, window, lookahead, tail) == 0
+    short = dataclasses.replace(recent, slots=recent.slots - 1)
+    assert lost_in_groups(dataclasses.replace(layout, recent=short), window, lookahead, tail) > 0
+    if window is not None:
+        assert layout.slots == -(-(window.size + lookahead - 1) // group) + -(-window.sinks // group)
+        assert lost_in_groups(dataclasses.replace(layout, slots=layout.slots - 1), window, lookahead, tail) > 0
 
 
 def test_a_rollback_one_beyond_the_lookahead_would_lose_a_key() -> None:

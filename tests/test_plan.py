@@ -32,6 +32,7 @@ STACKS = [
     "cache_kv(bits=8)",
     "sliding_window(6, sinks=2) | cache_kv()",
     "sliding_window(6, layers=[1]) | cache_kv(bits=8) | paged(4)",
+    "sliding_window(6, layers=[1]) | cache_kv(bits=4, split=4, tail=3) | paged(8)",
     "gqa(1) | cache_kv() | paged(4)",
     "quantize(bits=8) | cache_kv() | speculative(draft=self_draft(quantize(bits=4, group=16)), k=2)",
 ]
@@ -84,6 +85,14 @@ def test_the_cache_is_told_by_layout_codec_page_and_model() -> None:
         f"{who}: {what}, pages of 4, int8"
         for who in ("target", "draft")
         for what in ("3 layers, ring, window 7, 11 slots a row", "2 layers, linear, 64 slots a row")
+    ]
+
+
+def test_groups_of_a_split_cache_and_its_latest_tokens_are_told() -> None:
+    found = plan(ip.parse_stack("cache_kv(bits=4, split=8, tail=3) | paged(16)")(SMALL["llama"]), chunk=5).account.cache
+    assert [part.what for part in found] == [
+        "3 layers, linear, 8 groups of 8 and 14 latest tokens a row, pages of 2, "
+        "int4_min, keys by channel over 8 tokens"
     ]
 
 

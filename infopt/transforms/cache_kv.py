@@ -96,7 +96,7 @@ def cache_kv(
     Asymmetric 2bit Quantization for KV Cache", section 3). A group of tokens, at absolute positions, is rounded when
     its last one arrives, keys by channel and values by token; and a query sees a group rounded once `tail` tokens have
     followed it, and before that as it was computed. The latest tokens therefore lie in a ring of split + tail + chunk
-    slots beside the rounded ones (chunk: of `init_state`), whatever the length of the text.
+    - 2 slots beside the rounded ones (chunk: of `init_state`), whatever the length of the text.
 
     `rotate`: keys, and queries alike, are multiplied by an orthonormal Hadamard matrix after their rope, which spreads
     what is great over all channels and changes no score (Ashkboos et al. 2024, "QuaRot", section 4).
