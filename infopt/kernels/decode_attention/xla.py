@@ -47,11 +47,11 @@ def _enough(call: Call, lengths: list[int]) -> Array:
 
 def _of_first(n: int, call: Call) -> tuple[Array, Array]:
     layout = call.layout
-    stored = [kv.read(x, call.layer, layout, call.table, n) for x in (call.keys, call.values)]
+    keys, values = (kv.read(x, call.layer, layout, call.table, n) for x in (call.keys, call.values))
     if layout.group > 1:
-        k, v = kv.decode_groups(*stored, layout.group, call.heads, call.q.dtype)
+        k, v = kv.decode_groups(keys, values, layout.group, call.heads, call.q.dtype)
     else:
-        k, v = (kv.decode(x, call.heads, call.q.dtype) for x in stored)
+        k, v = (kv.decode(x, call.heads, call.q.dtype) for x in (keys, values))
     places = Places(call.positions, layout.positions(call.lengths)[:, : n * layout.group])
     forward = reference.forward if call.q.shape[1] * n * layout.group <= PLAIN else blockwise.forward
     return forward(call.q, call.sink_q, k, v, places, call.options)
