@@ -309,8 +309,8 @@ def encode_groups(
 ) -> tuple[QTensor, QTensor]:
     """Whole groups as they are stored: keys with a scale for each channel of the group, values as `encode` has them."""
     stored = quantize_array(jnp.moveaxis(keys, -3, -1), codec.keys), quantize_array(values, codec.format)
-    keys, values = (jax.tree.map(lambda leaf: leaf.reshape(*leaf.shape[:-3], -1), x) for x in stored)
-    return keys, values
+    by_channel, by_token = (jax.tree.map(lambda leaf: leaf.reshape(*leaf.shape[:-3], -1), x) for x in stored)
+    return by_channel, by_token
 
 
 def decode_groups(
@@ -333,9 +333,10 @@ def round_groups(
     """Keys and values of positions 0, 1, 2, ... as they read once they are rounded; a last part of a group, anyhow."""
     length, heads = keys.shape[1:3]
     more = [(0, 0), (0, -length % codec.split), (0, 0), (0, 0)]
-    stored = (jnp.pad(x, more).reshape(x.shape[0], -1, codec.split, *x.shape[2:]) for x in (keys, values))
-    found = decode_groups(*encode_groups(*stored, codec), codec.split, heads, keys.dtype)
-    return found[0][:, :length], found[1][:, :length]
+    k, v = (jnp.pad(x, more).reshape(x.shape[0], -1, codec.split, *x.shape[2:]) for x in (keys, values))
+    by_channel, by_token = encode_groups(k, v, codec)
+    k, v = decode_groups(by_channel, by_token, codec.split, heads, keys.dtype)
+    return k[:, :length], v[:, :length]
 
 
 def completed(

@@ -140,7 +140,7 @@ SPLIT = "cache_kv(bits=4, split=4, tail=3)"
         ("cache_kv(bits=2, rotate=True)", False),
         ("cache_kv(bits=2, split=8, tail=0, rotate=True)", False),
         (f"sliding_window(5, sinks=2) | {SPLIT}", False),
-        (f"sliding_window(9, sinks=1) | {SPLIT} | paged(4)", False),
+        ("sliding_window(9, sinks=1) | cache_kv(bits=4, split=2, tail=1) | paged(4)", False),
         (f"gqa(1) | sliding_window(6) | {SPLIT} | flash_attention('blockwise')", False),
         (f"{SPLIT} | speculative(self_draft(quantize(bits=8)), k=2)", True),
     ],
