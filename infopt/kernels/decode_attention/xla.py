@@ -45,7 +45,7 @@ def _of_first(n: int, call: Call) -> tuple[Array, Array]:
     layout = call.layout
     stored = [kv.read(x, call.layer, layout, call.table, n) for x in (call.keys, call.values)]
     if layout.group > 1:
-        k, v = kv.decode_groups(stored[0], stored[1], layout.group, call.heads, call.q.dtype)
+        k, v = kv.decode_groups(*stored, layout.group, call.heads, call.q.dtype)
     else:
         k, v = (kv.decode(x, call.heads, call.q.dtype) for x in stored)
     places = Places(call.positions, layout.positions(call.lengths)[:, : n * layout.group])
