@@ -116,9 +116,9 @@ def defined(x: np.ndarray, format: Format) -> tuple[dict[str, np.ndarray], np.nd
     elif name in ("int4", "int3", "int2"):
         extreme = np.take_along_axis(g, np.abs(g).argmax(-1)[..., None], -1)[..., 0]
         scale = extreme / {"int4": -8, "int3": -4, "int2": -2}[name]
-    elif name == "int4_min":
+    elif name in ("int4_min", "int2_min"):
         parts["minimum"] = low = as_stored(g.min(-1), format.scale)
-        scale = single(single(g.max(-1) - low) * reciprocal["15"])
+        scale = single(single(g.max(-1) - low) * reciprocal["15" if name == "int4_min" else "3"])
     elif highest:
         scale = single(single(np.maximum(g.max(-1), 0) - np.minimum(g.min(-1), 0)) * reciprocal[str(highest)])
     elif name == "nf4":
@@ -150,7 +150,7 @@ def defined(x: np.ndarray, format: Format) -> tuple[dict[str, np.ndarray], np.nd
         level = codes - zero[..., None]
     else:
         least, greatest = {"int8": (-127, 127), "int4": (-8, 7), "int4_absmax": (-7, 7), "int4_min": (0, 15),
-                           "int3": (-4, 3), "int2": (-2, 1)}[name]  # fmt: skip
+                           "int2_min": (0, 3), "int3": (-4, 3), "int2": (-2, 1)}[name]  # fmt: skip
         codes = level = np.clip(np.rint(y), least, greatest)
     values = single(single(level * used) + low[..., None])
     return parts, codes.reshape(x.shape), values.reshape(x.shape)
@@ -291,6 +291,7 @@ def test_bytes_a_weight_are_those_of_the_literature() -> None:
     assert of["nf4"] == 4.25
     assert of["q4_0"] == of["int4"] == of["int4_absmax"] == 4.5
     assert of["q4_1"] == of["int4_min"] == 5
+    assert of["int2_min"] == 3
     assert (of["int2_zero"], of["int4_zero"], of["int8_zero"]) == (2.75, 4.75, 8.75)
     assert of["q8_0"] == 8.5
 

@@ -66,7 +66,7 @@ def test_qwix_reads_the_same_values_and_the_way_back_gives_every_leaf(format: Fo
 
 def test_what_qwix_cannot_hold_is_every_other_format() -> None:
     assert set(FORMATS) - {f.name for f in SHARED} == {
-        *("fp16", "bf16", "int4_min", "q4_1", "nvfp4", "int8_zero", "int2_zero", "q4_k", "q5_k", "q6_k")
+        *("fp16", "bf16", "int4_min", "int2_min", "q4_1", "nvfp4", "int8_zero", "int2_zero", "q4_k", "q5_k", "q6_k")
     }
 
 

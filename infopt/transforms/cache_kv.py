@@ -119,7 +119,7 @@ def cache_kv(
     >>> [cache_kv(bits=bits)(model).token_bytes() for bits in (None, 8, 4)]
     [512, 144, 96]
     >>> cache_kv(bits=2, split=32)(model).token_bytes()
-    64
+    56
     """
     if bits not in (None, *CODECS) or isinstance(bits, float | bool):
         raise InfoptError(
