@@ -56,14 +56,14 @@ def stream(model, params, tokens):
 def fresh(model, params, tokens, first, prompt, piece=64):
     """Nats of the tokens from `first` on, each piece of them after a prompt of its own."""
     step, nats = scorer(model), []
-    length = prompt + piece
+    length = prompt + piece - 1
     for start in range(first, len(tokens), piece):
-        rows = tokens[start - prompt - 1 : start + piece]
+        rows = tokens[start - prompt : start + piece]
         text = np.zeros(length + 1, np.int32)
         text[: len(rows)] = rows
         state = model.init_state(1, length, chunk=length)
         found, _ = step(params, jnp.asarray(text[None, :-1]), jnp.asarray(text[None, 1:]), state, jnp.asarray([length]))
-        nats.append(np.asarray(found)[0, prompt : len(rows) - 1])
+        nats.append(np.asarray(found)[0, prompt - 1 : len(rows) - 1])
     return np.concatenate(nats)
 
 
@@ -85,6 +85,8 @@ def main() -> None:
         f"window {args.window}, no sinks": ip.sliding_window(args.window),
     }
     last = len(tokens) - len(tokens) // PARTS
+    if last < args.window:
+        parser.error(f"--tokens {args.tokens}: the last sixth must begin after a window of {args.window} tokens")
     found = {"model": args.model, "tokens": len(tokens), "window": args.window, "rows": []}
     for name, window in stacks.items():
         stack = (window | ip.cache_kv())(model)

@@ -138,6 +138,8 @@ def fit(
     >>> bool(losses[-1] < losses[0] / 2)
     True
     """
+    if every < 1:
+        raise InfoptError(f"every={every!r} saves nothing.", why="it is steps between checkpoints.", fix="every >= 1")
     text = _check(model, params, tokens, plan, teacher)
     last = plan.steps if until is None else min(until, plan.steps)
     dense, join = trainable(params)
@@ -461,13 +463,16 @@ def _checkpoints(folder: str | Path | None, run: dict[str, Any]) -> Iterator[_Ke
 def _fingerprint(
     model: Model, params: Params, text: np.ndarray, plan: Training, teacher: tuple[Model, Params] | None
 ) -> dict[str, Any]:
-    return {
+    run = {
         "plan": dataclasses.asdict(plan),
         "spec": model.spec.to_json(),
         "params": _digest(params),
         "text": hashlib.sha256(text.tobytes()).hexdigest(),
-        "teacher": [teacher[0].spec.to_json(), _digest(teacher[1])] if teacher and plan.mix else None,
     }
+    if teacher and plan.mix:
+        return run | {"teacher": [teacher[0].spec.to_json(), _digest(teacher[1])]}
+    del run["plan"]["mix"], run["plan"]["temperature"]  # as before there was any teacher
+    return run
 
 
 def _digest(params: Params) -> str:

@@ -10,7 +10,9 @@ import pytest
 
 import infopt as ip
 from infopt import cache, model, ops, qtensor, sampling, testing
+from infopt.kernels.decode_attention import api as decode_api
 from infopt.kernels.decode_attention import xla
+from infopt.kernels.flash_attention import api as flash_api
 from infopt.kernels.flash_attention import blockwise, options
 
 RING = "sliding_window(6) | cache_kv()"
@@ -92,12 +94,14 @@ def test_a_break_is_noticed(owner, name, old, new, stacks, monkeypatch, fresh_bu
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("if sink_logits is not None:", "if False:"),
-        (".reshape(1, k.shape[2], -1, 1, 1)", "[::-1].reshape(1, k.shape[2], -1, 1, 1)"),
+        ("jax.nn.sigmoid(", "jnp.ones_like("),
+        ("logits.astype", "logits[::-1].astype"),
     ],
 )
 def test_learned_sinks_left_out_or_of_other_heads_are_noticed(old, new, monkeypatch, fresh_build):
-    monkeypatch.setattr(ops, "attend", broken(ops.attend, old, new))
+    function = broken(flash_api.with_sink_logits, old, new)
+    for module in (flash_api, decode_api):
+        monkeypatch.setattr(module, "with_sink_logits", function)
     with pytest.raises(testing.Mismatch):
         verify("sliding_window(5, sinks=2) | cache_kv()", "gpt_oss")
 

@@ -41,6 +41,7 @@ from infopt.io.chat_template import ChatTemplate
 from infopt.io.checkpoint import LazyWeights, check_layers
 from infopt.io.tokenizer import Tokenizer
 from infopt.model import Model, Weights, assemble, check_params, shapes, spec_from_json
+from infopt.ops import CACHED
 from infopt.qtensor import Format, QTensor
 from infopt.spec import Recipe, Spec
 from infopt.typing import Params
@@ -368,6 +369,10 @@ def _problem(spec: Spec) -> str | None:
             fmt.check_width(width, name)
         except InfoptError as error:
             return error.one_line
+    if spec.attention not in CACHED:
+        return f"its attention, {spec.attention!r:.40}, is no implementation here"
+    if spec.page is not None and spec.kv is not None and spec.kv.split and spec.page % spec.kv.split:
+        return f"its pages of {spec.page} slots hold no whole groups of {spec.kv.split}"
     if spec.page is not None and not (spec.page >= 1 and spec.cache):
         return f"it has pages of {spec.page} slots and {'a' if spec.cache else 'no'} cache"
     if (program := spec.program) is not None:

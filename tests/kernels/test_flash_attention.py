@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import infopt as ip
-from infopt.kernels.flash_attention import IMPLEMENTATIONS, available, flash_attention
+from infopt.kernels.flash_attention import IMPLEMENTATIONS, available, blockwise, flash_attention, pallas_tpu
 from infopt.kernels.flash_attention.options import Options, Places, mask, needed, visits
 from infopt.kernels.flash_attention.shapes import CONTRACT, TOLERANCE, Shape
 
@@ -62,6 +62,55 @@ def test_an_implementation_equals_the_float64_model(name, shape):
     tolerance = TOLERANCE[shape.dtype]
     np.testing.assert_allclose(np.asarray(out, np.float64), want, atol=tolerance, rtol=tolerance)
     np.testing.assert_allclose(np.asarray(lse, np.float64), want_lse, atol=tolerance, rtol=tolerance)
+
+
+SEVERAL = ("many_blocks", "ragged", "bidirectional_ragged", "window_and_sinks", "softcap", "segments")
+
+
+@pytest.mark.parametrize("shape", [BY_NAME[name] for name in SEVERAL], ids=lambda s: s.name)
+@pytest.mark.parametrize("name", ["blockwise", "pallas_tpu"])
+def test_it_equals_the_float64_model_over_several_blocks_of_keys(name, shape, monkeypatch):
+    monkeypatch.setattr(blockwise, "QUERIES", 16)
+    monkeypatch.setattr(blockwise, "KEYS", 24)
+    monkeypatch.setattr(pallas_tpu, "ROWS", 128)
+    monkeypatch.setattr(pallas_tpu, "KEYS", 128)
+    (out, lse), (want, want_lse) = run(shape, name)
+    np.testing.assert_allclose(np.asarray(out, np.float64), want, atol=2e-5, rtol=2e-5)
+    np.testing.assert_allclose(np.asarray(lse, np.float64), want_lse, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["softcap", "segments", "window_and_sinks", "bidirectional_ragged"])
+def test_its_gradient_over_several_blocks_is_that_of_the_reference(name, monkeypatch):
+    monkeypatch.setattr(blockwise, "QUERIES", 16)
+    monkeypatch.setattr(blockwise, "KEYS", 24)
+    shape = BY_NAME[name]
+    o = shape.options()
+
+    def loss(qkv, name):
+        return jnp.sum(jnp.sin(3 * flash_attention(*qkv, **o, implementation=name)))
+
+    want, got = (jax.jit(jax.grad(lambda x, n=n: loss(x, n)))(shape.arrays()) for n in ("reference", "blockwise"))
+    for a, b in zip(want, got):
+        np.testing.assert_allclose(b, a, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", [None, "reference", "blockwise"])
+def test_nothing_to_ask_or_to_see_gives_nothing_or_zeros(name):
+    q, k, v = Shape("", queries=3).arrays()
+    assert flash_attention(q[:, :0], k, v, implementation=name).shape == (1, 0, 4, 16)
+    out, lse = flash_attention(q, k[:, :0], v[:, :0], return_lse=True, implementation=name)
+    assert not out.any() and np.isneginf(lse).all()
+
+
+def test_the_tpus_kernel_serves_many_queries_that_share_a_head_and_says_what_it_does_not():
+    def said(queries, heads, width, keys=None):
+        size = (1, queries, heads, width), (1, keys or queries, 1, width)
+        q, k = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in size)
+        return pallas_tpu.refuses(q, k, k, Options(1.0))
+
+    assert said(4096, 32, 128) == said(2048, 64, 64) == ""  # multi-query Llama 8B
+    assert "channels" in said(128, 1, 4096)
+    assert "list" in said(2**28, 1, 128, keys=8)
 
 
 GRADIENTS = ("causal", "ragged", "window_and_sinks", "softcap", "segments", "sink_logits", "a_row_that_sees_nothing")
@@ -187,6 +236,9 @@ WRONG = {
     "segments": (dict(segments=(jnp.zeros((2, 3), jnp.int32), jnp.zeros((2, 3), jnp.int32))), "segments"),
     "logits": (dict(sink_logits=jnp.zeros(3)), "sink_logits"),
     "sink_queries": (dict(window=3, sinks=1, sink_queries=K), "sink_queries"),
+    "sinks_without_a_window": (dict(sinks=1), "sinks=1"),
+    "sink_queries_without_sinks": (dict(window=3, sink_queries=Q), "sink_queries"),
+    "nothing_to_interpret": (dict(interpret=True), "names no kernel"),
     "name": (dict(implementation="blockwis"), "did you mean 'blockwise'"),
     "both": (dict(positions=(AT, jnp.zeros((2, 5), jnp.int32)), lengths=AT[:, 0]), "one of the two"),
 }  # fmt: skip

@@ -122,10 +122,9 @@ def decode_attention(
     sink_q = None if not o.sinks else q if sink_queries is None else sink_queries
     call = Call(q, sink_q, keys, values, layer, positions, lengths, table, layout, o, heads)
     out, lse = _run(call, implementation, interpret)
-    plain = lse
     if sink_logits is not None:
         out = with_sink_logits(out, lse, sink_logits)
-    return (out, plain) if return_lse else out
+    return (out, lse) if return_lse else out
 
 
 def _run(call: Call, name: str | None, interpret: bool) -> tuple[Array, Array]:
@@ -143,7 +142,7 @@ def _run(call: Call, name: str | None, interpret: bool) -> tuple[Array, Array]:
     if refused := NOT_LATE if call.options.late is not None and name != "xla" else chosen.refuses(call):
         raise InfoptError(
             f"{name} cannot serve queries {tuple(call.q.shape)} of {call.layout}: {refused}",
-            why="its blocks are laid out for that hardware.",
+            why="it is written for some layouts and codecs, and nothing is put in its place.",
             fix="implementation='xla', which serves every call",
         )
     if chosen.platforms == EVERYWHERE:

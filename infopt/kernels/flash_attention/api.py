@@ -120,28 +120,37 @@ def flash_attention(
             why="a query sees at least itself, and a window holds its sinks.",
             fix="window >= max(1, sinks), sinks >= 0",
         )
+    if (sinks and window is None) or (sink_queries is not None and not sinks):
+        raise InfoptError(
+            f"flash_attention(sinks={sinks}, window={window})" + ", sink_queries" * (sink_queries is not None),
+            why="sinks are what a query sees beside its window, and their queries look at nothing else.",
+            fix="a window, or neither sinks nor sink_queries",
+        )
+    if interpret and implementation is None:
+        raise InfoptError(
+            "flash_attention(interpret=True) names no kernel.",
+            why="what suits this platform is no kernel of Pallas.",
+            fix="implementation='pallas_tpu' or 'pallas_gpu'",
+        )
     o = Options(
         scale=float(q.shape[-1] ** -0.5 if scale is None else scale), causal=causal, window=window,
-        sinks=sinks if window is not None else 0, softcap=None if softcap is None else float(softcap),
-        late=late,
+        sinks=sinks, softcap=None if softcap is None else float(softcap), late=late,
     )  # fmt: skip
     if positions is None:
         positions = _positions(q, k, lengths, offsets)
     query, key = (x.astype(jnp.int32) for x in positions)
     places = Places(query, key, segments and segments[0], segments and segments[1])
-    if not o.sinks:
-        sink_queries = None
     name = _choice(q, k, v, o, implementation)
-    if late is not None and not name:
-        name = "reference" if q.shape[1] * k.shape[1] <= PLAIN else "blockwise"
-    if name == "reference":  # which JAX differentiates by itself, forwards too
+    if q.size == 0 or k.size == 0:  # nobody asks, or nothing is seen
+        out = jnp.zeros((*q.shape[:3], v.shape[3]), q.dtype)
+        lse = jnp.full(q.shape[:3], -jnp.inf, jnp.float32)
+    elif name == "reference":  # which JAX differentiates by itself, forwards too
         out, lse = reference.forward(q, sink_queries, k, v, places, o)
     else:
         out, lse = _core(q, sink_queries, k, v, places, o, name, interpret)
-    plain = lse
     if sink_logits is not None:
         out = with_sink_logits(out, lse, sink_logits)
-    return (out, plain) if return_lse else out
+    return (out, lse) if return_lse else out
 
 
 def with_sink_logits(out: Array, lse: Array, logits: Array) -> Array:
@@ -181,7 +190,7 @@ def _choice(q: Array, k: Array, v: Array, o: Options, name: str | None) -> str:
     if refused := NOT_LATE if late else IMPLEMENTATIONS[name].refuses(q, k, v, o):
         raise InfoptError(
             f"{name} cannot serve q {tuple(q.shape)}, k {tuple(k.shape)}: {refused}",
-            why="its blocks are laid out for that hardware.",
+            why="it is written for some shapes and masks, and nothing is put in its place.",
             fix="implementation='blockwise', which serves every shape",
         )
     return name
@@ -234,7 +243,7 @@ def _forward(
     if name:
         return run(q, sink_q, k, v, places, name=name)
     portable = "reference" if q.shape[1] * k.shape[1] <= PLAIN else "blockwise"
-    tpu = portable if pallas_tpu.refuses(q, k, v, o) else "pallas_tpu"
+    tpu = portable if o.late is not None or pallas_tpu.refuses(q, k, v, o) else "pallas_tpu"
     return jax.lax.platform_dependent(
         q, sink_q, k, v, places, tpu=functools.partial(run, name=tpu), default=functools.partial(run, name=portable)
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -66,13 +67,19 @@ class Plan:
         group = all_heads // heads
         queries = min(max(ROWS // group // LANES, 1) * LANES, _whole(length, LANES))
         keys = min(KEYS, _whole(key_length, LANES))
-        while batch * -(-length // queries) * -(-key_length // keys) > MOST_LISTED:
+        while batch * -(-length // queries) * -(-key_length // keys) > MOST_LISTED and keys < key_length:
             keys *= 2
         dtype = jnp.bfloat16 if q.dtype == jnp.bfloat16 else jnp.float32
-        return Plan(
-            batch, heads, group, _whole(length, queries), _whole(key_length, keys), width, out_width, queries, keys,
-            o.sinks > 0, segments, dtype,
-        )  # fmt: skip
+
+        def of_keys(keys: int) -> Plan:
+            return Plan(
+                batch, heads, group, _whole(length, queries), _whole(key_length, keys), width, out_width, queries, keys,
+                o.sinks > 0, segments, dtype,
+            )  # fmt: skip
+
+        while of_keys(keys).scratch_bytes() > MEMORY and keys > LANES:
+            keys = max(keys // 2 // LANES, 1) * LANES  # many queries that share a head leave less room for its keys
+        return of_keys(keys)
 
     @property
     def blocks(self) -> tuple[int, int]:
@@ -135,6 +142,8 @@ def refuses(q: Any, k: Any, v: Any, o: Options) -> str:
     if not all(jnp.issubdtype(x.dtype, jnp.floating) for x in (q, k, v)):
         return "it takes floating point."
     plan = Plan.of(q, k, v, o, True)
+    if q.shape[0] * math.prod(plan.blocks) > MOST_LISTED:
+        return f"{q.shape[0]} x {plan.blocks} blocks are more than the {MOST_LISTED} that it can list."
     if plan.scratch_bytes() > MEMORY:
         return (
             f"a step of {plan.group} x {plan.queries} rows and {plan.keys} keys takes {plan.scratch_bytes() >> 20} MiB "
