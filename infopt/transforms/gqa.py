@@ -64,10 +64,10 @@ class GQA(Transform):
 
     def params(self, weights: Weights, before: Model, after: Spec, **extra: Any) -> Weights:
         c = before.spec.config
-        if c.kv_heads == self.kv_heads:
-            return weights
 
         def pool(name: str, w: Any) -> Any:
+            if c.kv_heads == self.kv_heads:
+                return w
             heads = w.reshape(self.kv_heads, c.kv_heads // self.kv_heads, c.head_dim, *w.shape[1:])
             if self.init == "random":
                 new = self._random(name, heads[:, 0].shape, w)
