@@ -90,7 +90,8 @@ def test_a_run_that_is_killed_goes_on_to_the_very_same_params(
             fit(**given, folder=tmp_path, every=2)
     if given["teacher"]:
         with pytest.raises(InfoptError, match="teacher differ"):
-            fit(**given | dict(teacher=(MODEL, jax.tree.map(lambda x: 2 * x, START))), folder=tmp_path, every=2)
+            other: dict[str, Any] = given | {"teacher": (MODEL, jax.tree.map(lambda x: 2 * x, START))}
+            fit(**other, folder=tmp_path, every=2)
     seen = []
     monkeypatch.setattr(training, "batch_of", lambda *args: (seen.append(args[2]), batch_of(*args))[1])
     params, losses = fit(**given, folder=tmp_path, every=2)
