@@ -83,7 +83,7 @@ def memory() -> list[dict[str, Any]]:
                 run = jax.jit(
                     lambda q, k, v, n=name, w=window: flash.flash_attention(q, k, v, window=w, implementation=n)
                 )
-                plan = run.lower(q, k, v).compile().memory_analysis()
+                plan: Any = run.lower(q, k, v).compile().memory_analysis()
                 found.append(
                     {"length": length, "implementation": name, "window": window, "bytes": plan.temp_size_in_bytes}
                 )
