@@ -275,10 +275,27 @@ def mixture(p: Layer, h: Float64, k: int, normalise: bool) -> Float64:
     return out
 
 
+def clamped_mixture(p: Layer, h: Float64, c: Any) -> Float64:
+    """Each token through the best-scored experts, whose shares are a softmax over these alone."""
+    scores, out = p.linear(h, "mlp.router"), np.zeros_like(h)
+
+    def expert(name: str, e: int, x: Float64) -> Float64:
+        return p[f"mlp.experts.{name}"][e] @ x + p[f"mlp.experts.{name}_bias"][e]
+
+    for t, token in enumerate(h):
+        best = np.argsort(-scores[t])[: c.experts_used]
+        shares = np.exp(scores[t, best] - scores[t, best].max())
+        for share, e in zip(shares / shares.sum(), best):
+            gate = np.minimum(expert("gate", e, token), c.swiglu_limit)
+            up = np.maximum(np.minimum(expert("up", e, token), c.swiglu_limit), -c.swiglu_limit)
+            out[t] += share * expert("down", e, (up + 1) * gate / (1 + np.exp(-c.swiglu_alpha * gate)))
+    return out
+
+
 def decoder(
     spec: Spec, weights: Mapping[str, Any], tokens: NDArray[np.int64], rope_of: Callable[[int], Rope]
 ) -> Float64:
-    """Llama and its relatives, by each layer's rope: biases, norms on queries and keys, experts where there are any."""
+    """Llama and its relatives, by each layer's rope: biases, norms on queries and keys, sinks, experts."""
     c: Any = spec.config
     embed = dequantize(weights["embed"])
     x = embed[tokens]
@@ -288,9 +305,13 @@ def decoder(
         q, k, v = (p.heads(h, f"attn.{n}", c.head_dim) for n in "qkv")
         if "attn.q_norm" in p.values:
             q, k = rms_norm(q, p["attn.q_norm"], c.norm_eps), rms_norm(k, p["attn.k_norm"], c.norm_eps)
-        x = x + p.linear(attention(q, k, v, rope_of(i), c.head_dim**-0.5, spec.window[i], spec.kv), "attn.o")
+        sinks = p["attn.sinks"] if "attn.sinks" in p.values else None
+        h = attention(q, k, v, rope_of(i), c.head_dim**-0.5, spec.window[i], spec.kv, sinks=sinks)
+        x = x + p.linear(h, "attn.o")
         h = rms_norm(x, p["mlp_norm"], c.norm_eps)
-        if "mlp.router" in p.values:
+        if "mlp.experts.gate_bias" in p.values:
+            x = x + clamped_mixture(p, h, c)
+        elif "mlp.router" in p.values:
             x = x + mixture(p, h, c.experts_used, getattr(c, "normalise", True))
         else:
             x = x + p.linear(silu(p.linear(h, "mlp.gate")) * p.linear(h, "mlp.up"), "mlp.down")
@@ -309,39 +330,6 @@ def smollm3(spec: Spec, weights: Mapping[str, Any], tokens: NDArray[np.int64]) -
     c: Any = spec.config
     rope = rotary(c.rope_theta, c.head_dim, c.rope_scaling)
     return decoder(spec, weights, tokens, lambda i: rope if c.rotated[i % len(c.rotated)] else unrotated)
-
-
-def clamped_mixture(p: Layer, h: Float64, c: Any) -> Float64:
-    """Each token through the best-scored experts, whose shares are a softmax over these alone."""
-    scores, out = p.linear(h, "mlp.router"), np.zeros_like(h)
-
-    def expert(name: str, e: int, x: Float64) -> Float64:
-        return p[f"mlp.experts.{name}"][e] @ x + p[f"mlp.experts.{name}_bias"][e]
-
-    for t, token in enumerate(h):
-        best = np.argsort(-scores[t])[: c.experts_used]
-        shares = np.exp(scores[t, best] - scores[t, best].max())
-        for share, e in zip(shares / shares.sum(), best):
-            gate = np.minimum(expert("gate", e, token), c.swiglu_limit)
-            up = np.maximum(np.minimum(expert("up", e, token), c.swiglu_limit), -c.swiglu_limit)
-            out[t] += share * expert("down", e, (up + 1) * gate / (1 + np.exp(-c.swiglu_alpha * gate)))
-    return out
-
-
-def gpt_oss(spec: Spec, weights: Mapping[str, Any], tokens: NDArray[np.int64]) -> Float64:
-    c: Any = spec.config
-    rope = rotary(c.rope_theta, c.head_dim, c.rope_scaling)
-    embed = dequantize(weights["embed"])
-    x = embed[tokens]
-    for i in range(c.layers):
-        p = Layer(weights, i)
-        h = rms_norm(x, p["attn_norm"], c.norm_eps)
-        q, k, v = (p.heads(h, f"attn.{n}", c.head_dim) for n in "qkv")
-        h = attention(q, k, v, rope, c.head_dim**-0.5, spec.window[i], spec.kv, sinks=p["attn.sinks"])
-        x = x + p.linear(h, "attn.o")
-        x = x + clamped_mixture(p, rms_norm(x, p["mlp_norm"], c.norm_eps), c)
-    x = rms_norm(x, dequantize(weights["final_norm"]), c.norm_eps)
-    return x @ (dequantize(weights["head"]) if "head" in weights else embed).T
 
 
 def gemma(spec: Spec, weights: Mapping[str, Any], tokens: NDArray[np.int64]) -> Float64:
@@ -395,9 +383,8 @@ def gpt2(spec: Spec, weights: Mapping[str, Any], tokens: NDArray[np.int64]) -> F
 
 
 REFERENCES: dict[str, Callable[[Spec, Mapping[str, Any], NDArray[np.int64]], Float64]] = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "phi3", "mixtral", "qwen3_moe"), llama),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "phi3", "mixtral", "qwen3_moe", "gpt_oss"), llama),
     "smollm3": smollm3,
-    "gpt_oss": gpt_oss,
     "gemma2": gemma,
     "gemma3": gemma,
     "gpt2": gpt2,
