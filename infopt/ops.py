@@ -15,7 +15,8 @@ import numpy as np
 
 from infopt import cache as kv
 from infopt.kernels.decode_attention import decode_attention
-from infopt.kernels.flash_attention import flash_attention, merged, with_sink_logits
+from infopt.kernels.flash_attention import flash_attention
+from infopt.kernels.flash_attention.sums import joined, with_sink_logits
 from infopt.masks import Late, sink_query_position
 from infopt.qtensor import dequantize_array, is_qtensor, no_gradient, planes, round_trip, split_planes, take
 from infopt.spec import Codec, LinearRope, Llama3Rope, RopeScaling, TableRope, Window, YarnRope
@@ -272,9 +273,11 @@ def attend(
     q = rope(q, c.positions)
     if c.codec is not None and c.codec.rotate:
         q, k, sunk = rotated(q), rotated(k), None if sunk is None else rotated(sunk)
+    how: dict[str, Any] = dict(scale=scale, softcap=softcap, sink_queries=sunk)
     if c.codec is not None and c.codec.split:
-        return _attend_late(q, k, v, sunk, cache, layer, scale, softcap, sink_logits, c, c.codec)
-    how = dict(scale=scale, softcap=softcap, sink_queries=sunk, sink_logits=sink_logits)
+        out, lse, cache = _attend_late(q, k, v, cache, layer, c, c.codec, how)
+        return (out if sink_logits is None else with_sink_logits(out, lse, sink_logits)), cache
+    how["sink_logits"] = sink_logits
     form = None if c.codec is None else c.codec.format
     if c.layout is None:
         return _recomputed(q, round_trip(k, form), round_trip(v, form), window, c, how), cache
@@ -304,9 +307,8 @@ def _cached(
 
 
 def _attend_late(
-    q: Array, k: Array, v: Array, sunk: Any, cache: Any, layer: Any, scale: float, softcap: Any, sink_logits: Any,
-    c: Context, codec: Codec,
-) -> tuple[Array, Any]:  # fmt: skip
+    q: Array, k: Array, v: Array, cache: Any, layer: Any, c: Context, codec: Codec, how: dict[str, Any]
+) -> tuple[Array, Array, Any]:
     """Over the groups that a query sees rounded, and over the tokens that it sees as they were computed.
 
     Which are which depends on positions alone (`masks.Late`), so that chunks, decoding and recomputation agree.
@@ -325,16 +327,17 @@ def _attend_late(
         )
         cache = rounded + recent
     for share in (Late(codec.split, codec.tail, rounded=True), Late(codec.split, codec.tail, rounded=False)):
-        how = dict(scale=scale, softcap=softcap, sink_queries=sunk, late=share, return_lse=True)
+        part = how | dict(late=share, return_lse=True)
         if c.layout is None:
             keys, values = kv.round_groups(k, v, codec) if share.rounded else (k, v)
-            found.append(_recomputed(q, keys, values, share.window(c.window), c, how))
+            found.append(_recomputed(q, keys, values, share.window(c.window), c, part))
         else:
             keys, values = cache[:2] if share.rounded else cache[2:]
             layout = None if share.rounded else c.layout.recent
-            found.append(_cached(q, keys, values, layer, layout or c.layout, heads, c, how))
-    out, lse = merged(*found)
-    return (out if sink_logits is None else with_sink_logits(out, lse, sink_logits)), cache
+            found.append(_cached(q, keys, values, layer, layout or c.layout, heads, c, part))
+    outs, sums = zip(*found, strict=True)
+    out, lse = joined(jnp.stack(outs), jnp.stack(sums), 0)
+    return out.astype(q.dtype), lse, cache
 
 
 @functools.cache

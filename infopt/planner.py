@@ -28,8 +28,7 @@ from infopt.errors import InfoptError, human, nearest
 from infopt.generation import BUCKETS
 from infopt.io import open_model
 from infopt.io.checkpoint import DTYPES
-from infopt.kernels.decode_attention import xla
-from infopt.kernels.flash_attention import blockwise
+from infopt.kernels.flash_attention import blockwise, portable
 from infopt.model import Model, build, check_length, context_limit, is_matrix, segments, shapes, window_groups
 from infopt.models import llama
 from infopt.qtensor import Format, blank, is_qtensor, quantize_array
@@ -179,7 +178,7 @@ def _layers(
             widest = max(max(expected[name]) for name in names)
             slots = layouts[groups.index(seg.windows[phase])].tokens if spec.cache else context
             each = tokens if spec.cache else context  # queries of a row
-            whole = each * slots <= xla.PLAIN if spec.cache else spec.attention == "reference"
+            whole = portable.is_plain(each, slots) if spec.cache else spec.attention == "reference"
             kept = each * slots if whole else min(each, blockwise.QUERIES) * min(slots, blockwise.KEYS)
             scores = 2 * batch * c.heads * kept * 4
             read = (2 if whole else 4) * batch * slots * c.kv_heads * c.head_dim * own

@@ -37,8 +37,7 @@ from infopt.errors import InfoptError, nearest
 from infopt.evaluate import measure, windows
 from infopt.generation import _compiled, generate
 from infopt.kernels.decode_attention import xla
-from infopt.kernels.flash_attention import api as flash
-from infopt.kernels.flash_attention import blockwise
+from infopt.kernels.flash_attention import blockwise, portable
 from infopt.model import Model, Weights, build
 from infopt.nnx import from_nnx
 from infopt.nnx.example import Transformer
@@ -420,13 +419,13 @@ def drop_programs() -> None:
 @contextlib.contextmanager
 def small_blocks() -> Iterator[None]:
     """Attention in blocks of 8, so that the contract's short texts have several of them."""
-    kept = blockwise.QUERIES, blockwise.KEYS, xla.FEWEST, xla.PLAIN, flash.PLAIN
-    blockwise.QUERIES, blockwise.KEYS, xla.FEWEST, xla.PLAIN, flash.PLAIN = 8, 8, 8, 16, 16
+    kept = blockwise.QUERIES, blockwise.KEYS, xla.FEWEST, portable.PLAIN
+    blockwise.QUERIES, blockwise.KEYS, xla.FEWEST, portable.PLAIN = 8, 8, 8, 16
     build.cache_clear()
     try:
         yield
     finally:
-        blockwise.QUERIES, blockwise.KEYS, xla.FEWEST, xla.PLAIN, flash.PLAIN = kept
+        blockwise.QUERIES, blockwise.KEYS, xla.FEWEST, portable.PLAIN = kept
         build.cache_clear()
 
 

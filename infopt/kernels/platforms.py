@@ -1,8 +1,9 @@
-"""A kernel on the platform that it is written for, and a clear error on any other."""
+"""An operation's table of implementations; a kernel on the platform that it is written for, and an error elsewhere."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +11,27 @@ from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
-from infopt.errors import InfoptError
+from infopt.errors import InfoptError, nearest
+
+EVERYWHERE = ("cpu", "gpu", "tpu")
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+    """One row of an operation's table.
+
+    Args:
+      forward: the operation; one that does not run everywhere takes `interpret=`, for Pallas' interpreter.
+      platforms: where it runs compiled.
+      refuses: of a call, why it cannot be served, or "".
+    """
+
+    forward: Callable[..., Any]
+    platforms: tuple[str, ...] = EVERYWHERE
+    refuses: Callable[..., str] = lambda *_: ""
+
+
+Table = Mapping[str, Implementation]
 
 _refused = Primitive("infopt_refused")
 _refused.multiple_results = True
@@ -57,3 +78,49 @@ def only_on(platforms: Sequence[str], run: Callable[..., Any], args: tuple[Any, 
 
     names = {"gpu": "cuda"}
     return jax.lax.platform_dependent(*args, default=refuse, **{names.get(p, p): run for p in platforms})
+
+
+def runs_on(table: Table, platform: str | None) -> list[str]:
+    """The names of the implementations that run compiled on a platform, the default backend's by default."""
+    platform = jax.default_backend() if platform is None else platform
+    return [name for name, row in table.items() if platform in row.platforms]
+
+
+def check_served(table: Table, name: str, operation: str, call: tuple[Any, ...], what: str, portable: str) -> None:
+    """Raise InfoptError unless a table has an implementation of that name, and it serves a call.
+
+    Args:
+      table, name: where, and which.
+      operation: what the table is of, in words.
+      call: what its `refuses` takes.
+      what: the call, in words.
+      portable: an implementation that serves every call.
+    """
+    if name not in table:
+        raise InfoptError(
+            f"no implementation of {operation} is called {name!r}.",
+            why=nearest(name, list(table)),
+            fix="one of " + ", ".join(table),
+        )
+    if refused := table[name].refuses(*call):
+        raise InfoptError(
+            f"{name} cannot serve {what}: {refused}",
+            why="it is written for some calls, and nothing is put in its place.",
+            fix=f"implementation={portable!r}, which serves every call",
+        )
+
+
+def run(table: Table, name: str, args: tuple[Any, ...], interpret: bool, portable: str, **static: Any) -> Any:
+    """What an implementation gives for arrays `args`: anywhere, interpreted, or only in a program for its platforms."""
+    row = table[name]
+    if row.platforms == EVERYWHERE:
+        return row.forward(*args, **static)
+    if interpret:
+        return row.forward(*args, **static, interpret=True)
+    return only_on(
+        row.platforms,
+        lambda *args: row.forward(*args, **static),
+        args,
+        f"{name} was asked for",
+        f"implementation={portable!r}, or None for what suits the platform",
+    )

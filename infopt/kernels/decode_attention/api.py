@@ -2,50 +2,31 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
 
 from infopt.cache import Layout
-from infopt.errors import InfoptError, nearest
+from infopt.errors import InfoptError
 from infopt.kernels.decode_attention import pallas_gpu, pallas_tpu, xla
 from infopt.kernels.decode_attention.call import Call
-from infopt.kernels.flash_attention.api import EVERYWHERE, NOT_LATE, with_sink_logits
 from infopt.kernels.flash_attention.options import Options
-from infopt.kernels.platforms import only_on
+from infopt.kernels.flash_attention.sums import with_sink_logits
+from infopt.kernels.platforms import Implementation, check_served, run, runs_on
 from infopt.masks import Late
 from infopt.typing import Array
 
-
-@dataclasses.dataclass(frozen=True)
-class Implementation:
-    """One row of the table.
-
-    Args:
-      forward: `(call) -> (out, lse)`.
-      platforms: where it runs compiled.
-      refuses: why it cannot serve a call, or "".
-    """
-
-    forward: Callable[..., tuple[Array, Array]]
-    platforms: tuple[str, ...]
-    refuses: Callable[[Call], str] = lambda call: ""
-
-
 IMPLEMENTATIONS: dict[str, Implementation] = {
-    "xla": Implementation(xla.forward, EVERYWHERE),
+    "xla": Implementation(xla.forward),
     "pallas_tpu": Implementation(pallas_tpu.forward, ("tpu",), pallas_tpu.refuses),
     "pallas_gpu": Implementation(pallas_gpu.forward, ("gpu",), pallas_gpu.refuses),
 }
-"""By name. An implementation joins by its file and a line here."""
+"""By name: `forward(call) -> (out, lse)`, `refuses(call)`. An implementation joins by its file and a line here."""
 
 
 def available(platform: str | None = None) -> list[str]:
     """The names of the implementations that run compiled on a platform, the default backend's by default."""
-    platform = jax.default_backend() if platform is None else platform
-    return [name for name, i in IMPLEMENTATIONS.items() if platform in i.platforms]
+    return runs_on(IMPLEMENTATIONS, platform)
 
 
 def decode_attention(
@@ -129,30 +110,9 @@ def decode_attention(
 
 def _run(call: Call, name: str | None, interpret: bool) -> tuple[Array, Array]:
     if name is None:
-        if call.options.late is not None or pallas_tpu.refuses(call):
+        if pallas_tpu.refuses(call):
             return xla.forward(call)
         return jax.lax.platform_dependent(call, tpu=pallas_tpu.forward, default=xla.forward)
-    if name not in IMPLEMENTATIONS:
-        raise InfoptError(
-            f"no implementation of decode attention is called {name!r}.",
-            why=nearest(name, list(IMPLEMENTATIONS)),
-            fix="one of " + ", ".join(IMPLEMENTATIONS),
-        )
-    chosen = IMPLEMENTATIONS[name]
-    if refused := NOT_LATE if call.options.late is not None and name != "xla" else chosen.refuses(call):
-        raise InfoptError(
-            f"{name} cannot serve queries {tuple(call.q.shape)} of {call.layout}: {refused}",
-            why="it is written for some layouts and codecs, and nothing is put in its place.",
-            fix="implementation='xla', which serves every call",
-        )
-    if chosen.platforms == EVERYWHERE:
-        return chosen.forward(call)
-    if interpret:
-        return chosen.forward(call, interpret=True)
-    return only_on(
-        chosen.platforms,
-        chosen.forward,
-        (call,),
-        f"{name} was asked for",
-        "implementation='xla', or None for what suits the platform",
-    )
+    what = f"queries {tuple(call.q.shape)} of {call.layout}"
+    check_served(IMPLEMENTATIONS, name, "decode attention", (call,), what, "xla")
+    return run(IMPLEMENTATIONS, name, (call,), interpret, "xla")

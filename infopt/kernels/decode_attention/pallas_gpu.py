@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 
 from infopt.cache import Layout
 from infopt.kernels.decode_attention.call import Call
-from infopt.kernels.flash_attention.options import Options, Places
+from infopt.kernels.flash_attention.options import NOT_LATE, Options, Places
 from infopt.kernels.flash_attention.pallas_gpu import (
     Blocks,
     as_queries,
@@ -29,6 +29,7 @@ from infopt.kernels.flash_attention.pallas_gpu import (
     unsupported,
     walk,
 )
+from infopt.kernels.flash_attention.sums import joined
 from infopt.qtensor import Format, QTensor, is_qtensor
 from infopt.typing import Array
 
@@ -42,6 +43,8 @@ RULES = ("absmax", "extreme", "minmax")
 
 def refuses(call: Call) -> str:
     """Why a call cannot be served, or ""."""
+    if call.options.late is not None:
+        return NOT_LATE
     if found := unsupported(call.q, call.width):
         return found
     if not min(call.q.shape):
@@ -114,18 +117,8 @@ def forward(call: Call, interpret: bool = False, rows: int = ROWS, keys: int = K
         interpret=interpret,
         name="decode_attention",
     )(layer, q, sink_q, k, v, p.query, p.key, call.table, *bounds(o, p, b))
-    out, lse = joined(out, lse)
+    out, lse = joined(out, lse, 2)  # of all splits
     return as_queries(out.astype(q.dtype), length, group), as_queries(lse[..., None], length, group)[..., 0]
-
-
-def joined(out: Array, lse: Array) -> tuple[Array, Array]:
-    """What several programs found of one row, `[B, K, splits, R, D]` and `[B, K, splits, R]`, as one would have."""
-    most = jnp.max(lse, 2, keepdims=True)
-    share = jnp.exp(lse - jnp.where(jnp.isneginf(most), 0.0, most))
-    total = jnp.sum(share, 2)
-    some = jnp.where(total == 0, 1.0, total)
-    out = jnp.sum(out * share[..., None], 2) / some[..., None]
-    return out, jnp.where(total == 0, -jnp.inf, most[:, :, 0] + jnp.log(some))
 
 
 def _kernel(

@@ -30,8 +30,9 @@ from infopt import cache as kv
 from infopt.cache import Layout
 from infopt.formats import Format
 from infopt.kernels.decode_attention.call import Call
-from infopt.kernels.flash_attention.options import NEVER, capped
+from infopt.kernels.flash_attention.options import NEVER, NOT_LATE, capped, rounded_up
 from infopt.kernels.flash_attention.pallas_tpu import LANES, MEMORY, MOST_LISTED, product
+from infopt.kernels.flash_attention.sums import joined
 from infopt.masks import seen
 from infopt.qtensor import is_qtensor
 from infopt.typing import Array
@@ -88,10 +89,10 @@ class Plan:
         layout, heads = call.layout, call.heads
         form = call.keys.format if is_qtensor(call.keys) else None
         if layout.page is None:
-            slots = fetched = min(SLOTS, _whole(layout.slots, LANES))
+            slots = fetched = min(SLOTS, rounded_up(layout.slots, LANES))
             refs = 1
         else:
-            slots, fetched = layout.page, _whole(layout.page, _register_rows(call.keys))
+            slots, fetched = layout.page, rounded_up(layout.page, _register_rows(call.keys))
             most = max(1, min(SLOTS // fetched, MOST_PAGES))
             if form is not None:  # scales have slots along the lanes
                 most = next((n for n in range(most, 1, -1) if n * slots % LANES == 0), most)
@@ -134,7 +135,7 @@ class Plan:
     @property
     def rows(self) -> int:
         """Of a bundle: its query heads x the tile's queries, in whole registers."""
-        return _whole(self.bundle * self.group * self.tokens, 2 * SUBLANES)
+        return rounded_up(self.bundle * self.group * self.tokens, 2 * SUBLANES)
 
     @property
     def step(self) -> int:
@@ -148,16 +149,12 @@ class Plan:
 
     def scratch_bytes(self) -> int:
         """Vector memory that a step needs, roughly; blocks twice, one being fetched while the other is used."""
-        wide = self.bundles * self.planes * self.rows * _whole(self.columns, LANES)
+        wide = self.bundles * self.planes * self.rows * rounded_up(self.columns, LANES)
         kept = 4 * wide + 2 * 4 * self.bundles * self.rows * LANES
         blocks = 2 * wide * (4 + (1 + self.sinks) * np.dtype(self.dtype).itemsize)
-        cache = 2 * 2 * self.matrix * _whole(self.heads * self.width, LANES) * np.dtype(self.dtype).itemsize
-        work = 4 * (4 * self.rows * self.matrix + 4 * self.matrix * _whole(self.columns, LANES))
+        cache = 2 * 2 * self.matrix * rounded_up(self.heads * self.width, LANES) * np.dtype(self.dtype).itemsize
+        work = 4 * (4 * self.rows * self.matrix + 4 * self.matrix * rounded_up(self.columns, LANES))
         return kept + blocks + cache + work
-
-
-def _whole(n: int, of: int) -> int:
-    return -(-n // of) * of
 
 
 def _register_rows(x: Any) -> int:
@@ -167,6 +164,8 @@ def _register_rows(x: Any) -> int:
 
 def refuses(call: Call) -> str:
     """Why the kernel cannot serve a call, or ""."""
+    if call.options.late is not None:
+        return NOT_LATE
     if call.q.shape[1] == 0:
         return "there are no queries."
     for x in (call.keys, call.values):
@@ -268,8 +267,10 @@ def forward(call: Call, interpret: bool = False, parts: int | None = None) -> tu
         interpret=interpret,
         name="decode_attention",
     )(*scalars, *inputs)
-    out, lse = _combined(out, lse)
-    return _unbundled(out, plan, length).astype(call.q.dtype), _unbundled_lse(lse, plan, length)
+    outs = [_unbundled(out[p], plan, length) for p in range(plan.parts)]
+    sums = [_unbundled_lse(lse[p], plan, length) for p in range(plan.parts)]
+    out, lse = (outs[0], sums[0]) if plan.parts == 1 else joined(jnp.stack(outs), jnp.stack(sums), 0)
+    return out.astype(call.q.dtype), lse
 
 
 def _cost(plan: Plan, inputs: list[Array]) -> pl.CostEstimate:
@@ -355,19 +356,6 @@ def _unbundled_lse(x: Array, plan: Plan, length: int) -> Array:
     x = x[:, :, :, : plan.bundle * plan.group * plan.tokens, 0]
     x = x.reshape(plan.batch, plan.tiles, -1, plan.tokens).transpose(0, 1, 3, 2)
     return x.reshape(plan.batch, plan.tiles * plan.tokens, -1)[:, :length]
-
-
-def _combined(out: Array, lse: Array) -> tuple[Array, Array]:
-    """Parts `[P, B, ...]`, each with the log-sum-exp of its own scores, as one."""
-    if out.shape[0] == 1:
-        return out[0], lse[0]
-    most = jnp.max(lse, 0)
-    base = jnp.where(jnp.isneginf(most), 0.0, most)
-    share = jnp.exp(lse - base[None])
-    total = jnp.sum(share, 0)
-    some = jnp.where(total == 0, 1.0, total)
-    out = jnp.sum(out * share[:, :, :, :, None], 0) / some[:, :, :, None]
-    return out, jnp.where(total == 0, -jnp.inf, base + jnp.log(some))
 
 
 def _spread(plan: Plan) -> Array:

@@ -9,14 +9,12 @@ import jax.numpy as jnp
 
 from infopt import cache as kv
 from infopt.kernels.decode_attention.call import Call
-from infopt.kernels.flash_attention import blockwise, reference
+from infopt.kernels.flash_attention import portable
 from infopt.kernels.flash_attention.options import Places
 from infopt.typing import Array
 
 FEWEST = 256
 """Slots that are read at least; the next lengths are twice, four times as many, and so on."""
-PLAIN = 512 * 512
-"""Scores a head up to which they are all kept at once."""
 
 
 def read_lengths(slots: int, fewest: int = FEWEST) -> list[int]:
@@ -53,5 +51,4 @@ def _of_first(n: int, call: Call) -> tuple[Array, Array]:
     else:
         k, v = (kv.decode(x, call.heads, call.q.dtype) for x in (keys, values))
     places = Places(call.positions, layout.positions(call.lengths)[:, : n * layout.group])
-    forward = reference.forward if call.q.shape[1] * n * layout.group <= PLAIN else blockwise.forward
-    return forward(call.q, call.sink_q, k, v, places, call.options)
+    return portable.forward(call.q, call.sink_q, k, v, places, call.options)

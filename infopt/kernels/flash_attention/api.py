@@ -2,55 +2,32 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from infopt.errors import InfoptError, nearest
-from infopt.kernels.flash_attention import blockwise, pallas_gpu, pallas_tpu, reference
+from infopt.errors import InfoptError
+from infopt.kernels.flash_attention import blockwise, pallas_gpu, pallas_tpu, portable, reference
 from infopt.kernels.flash_attention.options import Options, Places
-from infopt.kernels.platforms import only_on
+from infopt.kernels.flash_attention.sums import with_sink_logits
+from infopt.kernels.platforms import Implementation, check_served, run, runs_on
 from infopt.masks import Late
 from infopt.typing import Array
 
-PLAIN = 512 * 512
-"""Up to so many scores a head the plain form is as fast as blocks, and its memory is no matter."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Implementation:
-    """One row of the table.
-
-    Args:
-      forward: `(q, sink_q, k, v, places, options) -> (out, lse)`.
-      platforms: where it runs compiled.
-      refuses: why it cannot serve a shape, or "".
-    """
-
-    forward: Callable[..., tuple[Array, Array]]
-    platforms: tuple[str, ...]
-    refuses: Callable[[Array, Array, Array, Options], str] = lambda q, k, v, o: ""
-
-
-EVERYWHERE = ("cpu", "gpu", "tpu")
-NOT_LATE = "it takes no keys that are rounded late."
 IMPLEMENTATIONS: dict[str, Implementation] = {
-    "reference": Implementation(reference.forward, EVERYWHERE),
-    "blockwise": Implementation(blockwise.forward, EVERYWHERE),
+    "reference": Implementation(reference.forward),
+    "blockwise": Implementation(blockwise.forward),
     "pallas_tpu": Implementation(pallas_tpu.forward, ("tpu",), pallas_tpu.refuses),
     "pallas_gpu": Implementation(pallas_gpu.forward, ("gpu",), pallas_gpu.refuses),
 }
-"""By name. An implementation joins by its file and a line here."""
+"""By name: `forward(q, sink_q, k, v, places, o) -> (out, lse)`, `refuses(q, k, v, o)`."""
 
 
 def available(platform: str | None = None) -> list[str]:
     """The names of the implementations that run compiled on a platform, the default backend's by default."""
-    platform = jax.default_backend() if platform is None else platform
-    return [name for name, i in IMPLEMENTATIONS.items() if platform in i.platforms]
+    return runs_on(IMPLEMENTATIONS, platform)
 
 
 def flash_attention(
@@ -96,7 +73,7 @@ def flash_attention(
       positions: `[B, T]` and `[B, S]` in place of `offsets` and `lengths`; -1 is an empty key, seen by nobody. A
         position below `sinks` must stand in the place of that number.
       sink_logits: `[H]`: one more score a head that has no value (as gpt-oss learns it).
-      late: of keys that are rounded late, which ones these are (`infopt.masks.Late`); `merged` joins the two.
+      late: of keys that are rounded late, which ones these are (`infopt.masks.Late`); `sums.joined` joins the two.
       return_lse: whether to return the log-sum-exp `[B, T, H]` too (without the sink logits).
       implementation: a name in `IMPLEMENTATIONS`; None takes what suits the platform and the shape.
       interpret: run a Pallas kernel in Pallas' interpreter, on any platform.
@@ -140,31 +117,19 @@ def flash_attention(
         positions = _positions(q, k, lengths, offsets)
     query, key = (x.astype(jnp.int32) for x in positions)
     places = Places(query, key, segments and segments[0], segments and segments[1])
-    name = _choice(q, k, v, o, implementation)
+    if implementation is not None:
+        what = f"q {tuple(q.shape)}, k {tuple(k.shape)}"
+        check_served(IMPLEMENTATIONS, implementation, "flash attention", (q, k, v, o), what, "blockwise")
     if q.size == 0 or k.size == 0:  # nobody asks, or nothing is seen
         out = jnp.zeros((*q.shape[:3], v.shape[3]), q.dtype)
         lse = jnp.full(q.shape[:3], -jnp.inf, jnp.float32)
-    elif name == "reference":  # which JAX differentiates by itself, forwards too
+    elif implementation == "reference":  # which JAX differentiates by itself, forwards too
         out, lse = reference.forward(q, sink_queries, k, v, places, o)
     else:
-        out, lse = _core(q, sink_queries, k, v, places, o, name, interpret)
+        out, lse = _core(q, sink_queries, k, v, places, o, implementation, interpret)
     if sink_logits is not None:
         out = with_sink_logits(out, lse, sink_logits)
     return (out, lse) if return_lse else out
-
-
-def with_sink_logits(out: Array, lse: Array, logits: Array) -> Array:
-    """`out` `[B, T, H, E]` with one more score a head, `[H]`, in the softmax's sum: out * sigmoid(lse - logit)."""
-    share = jax.nn.sigmoid(lse - jnp.broadcast_to(logits.astype(jnp.float32), lse.shape))
-    return (out.astype(jnp.float32) * share[..., None]).astype(out.dtype)
-
-
-def merged(one: tuple[Array, Array], other: tuple[Array, Array]) -> tuple[Array, Array]:
-    """Attention over two sets of keys out of that over each, pairs of `out` `[B, T, H, D]` and `lse` `[B, T, H]`."""
-    lse = jnp.logaddexp(one[1], other[1])
-    total = jnp.where(jnp.isinf(lse), 0.0, lse)
-    out = sum(o.astype(jnp.float32) * jnp.exp(part - total)[..., None] for o, part in (one, other))
-    return jnp.asarray(out).astype(one[0].dtype), lse
 
 
 def _positions(q: Array, k: Array, lengths: Any, offsets: Any) -> tuple[Array, Array]:
@@ -175,25 +140,6 @@ def _positions(q: Array, k: Array, lengths: Any, offsets: Any) -> tuple[Array, A
         key = jnp.where(at < lengths.astype(jnp.int32)[:, None], key, -1)
     query = jnp.broadcast_to(query, (batch, t))
     return (query if offsets is None else query + offsets.astype(jnp.int32)[:, None]), key
-
-
-def _choice(q: Array, k: Array, v: Array, o: Options, name: str | None) -> str:
-    if name is None:
-        return ""
-    if name not in IMPLEMENTATIONS:
-        raise InfoptError(
-            f"no implementation of flash attention is called {name!r}.",
-            why=nearest(name, list(IMPLEMENTATIONS)),
-            fix="one of " + ", ".join(IMPLEMENTATIONS),
-        )
-    late = o.late is not None and IMPLEMENTATIONS[name].platforms != EVERYWHERE
-    if refused := NOT_LATE if late else IMPLEMENTATIONS[name].refuses(q, k, v, o):
-        raise InfoptError(
-            f"{name} cannot serve q {tuple(q.shape)}, k {tuple(k.shape)}: {refused}",
-            why="it is written for some shapes and masks, and nothing is put in its place.",
-            fix="implementation='blockwise', which serves every shape",
-        )
-    return name
 
 
 def _check_shapes(q: Array, k: Array, v: Array, sink_q: Any, segments: Any, positions: Any, *small: Any) -> None:
@@ -237,43 +183,25 @@ def _check_shapes(q: Array, k: Array, v: Array, sink_q: Any, segments: Any, posi
 
 
 def _forward(
-    q: Array, sink_q: Any, k: Array, v: Array, places: Places, o: Options, name: str, interpret: bool
+    q: Array, sink_q: Any, k: Array, v: Array, places: Places, o: Options, name: str | None, interpret: bool
 ) -> tuple[Array, Array]:
-    run = functools.partial(_named, o=o, interpret=interpret)
-    if name:
-        return run(q, sink_q, k, v, places, name=name)
-    portable = "reference" if q.shape[1] * k.shape[1] <= PLAIN else "blockwise"
-    tpu = portable if o.late is not None or pallas_tpu.refuses(q, k, v, o) else "pallas_tpu"
-    return jax.lax.platform_dependent(
-        q, sink_q, k, v, places, tpu=functools.partial(run, name=tpu), default=functools.partial(run, name=portable)
-    )
-
-
-def _named(
-    q: Array, sink_q: Any, k: Array, v: Array, places: Places, *, o: Options, name: str, interpret: bool
-) -> tuple[Array, Array]:
-    platforms, run = IMPLEMENTATIONS[name].platforms, IMPLEMENTATIONS[name].forward
-    if platforms == EVERYWHERE:
-        return run(q, sink_q, k, v, places, o)
-    if interpret:
-        return run(q, sink_q, k, v, places, o, interpret=True)
-    return only_on(
-        platforms,
-        lambda *args: run(*args, o),
-        (q, sink_q, k, v, places),
-        f"{name} was asked for",
-        "implementation='blockwise', or None for what suits the platform",
-    )
+    args = q, sink_q, k, v, places
+    if name is not None:
+        return run(IMPLEMENTATIONS, name, args, interpret, "blockwise", o=o)
+    default = functools.partial(portable.forward, o=o)
+    if pallas_tpu.refuses(q, k, v, o):
+        return default(*args)
+    return jax.lax.platform_dependent(*args, tpu=functools.partial(pallas_tpu.forward, o=o), default=default)
 
 
 def _core_forward(
-    q: Array, sink_q: Any, k: Array, v: Array, places: Places, o: Options, name: str, interpret: bool
+    q: Array, sink_q: Any, k: Array, v: Array, places: Places, o: Options, name: str | None, interpret: bool
 ) -> Any:
     out, lse = _core(q, sink_q, k, v, places, o, name, interpret)
     return (out, lse), (q, sink_q, k, v, places, out, lse)
 
 
-def _core_backward(o: Options, name: str, interpret: bool, kept: Any, d: tuple[Array, Array]) -> Any:
+def _core_backward(o: Options, name: str | None, interpret: bool, kept: Any, d: tuple[Array, Array]) -> Any:
     q, sink_q, k, v, places, out, lse = kept
     found = blockwise.backward(q, sink_q, k, v, places, o, out, lse, *d)
     return (*found, None)

@@ -21,6 +21,7 @@ from infopt.kernels.flash_attention.options import (
     grouped,
     mask,
     needed,
+    rounded_up,
     ungrouped,
 )
 from infopt.typing import Array
@@ -182,7 +183,7 @@ class _Blocks:
     @staticmethod
     def of(q: Array, sink_q: Any, k: Array, v: Array, p: Places, o: Options) -> _Blocks:
         length, key_length, heads = q.shape[1], k.shape[1], k.shape[2]
-        queries, keys = min(QUERIES, _even(length)), min(KEYS, _even(key_length))
+        queries, keys = min(QUERIES, rounded_up(length, 8)), min(KEYS, rounded_up(key_length, 8))
         more, more_keys = -length % queries, -key_length % keys
         sunk = sink_places = None
         if n := min(o.sinks, key_length):
@@ -233,7 +234,3 @@ class _Blocks:
 
     def sink_mask(self, i: Array) -> Array:
         return mask(self.options, self.sink_places.rows(i * self.queries, self.queries))
-
-
-def _even(n: int) -> int:
-    return -(-n // 8) * 8

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from infopt.masks import Late, seen
 from infopt.typing import Array, Bool, Float, Int
 
+NOT_LATE = "it takes no keys that are rounded late."
 NEVER = -1e30
 """A score that no softmax notices; finite, since the difference of two infinities is none."""
 
@@ -119,6 +120,11 @@ def visits(needed: Bool[Array, "B N M"]) -> tuple[Int[Array, "B N M"], Int[Array
     last = jnp.take_along_axis(order, jnp.maximum(count - 1, 0)[..., None], -1)
     within = jnp.arange(needed.shape[-1], dtype=jnp.int32).reshape(1, 1, -1) < count[..., None]
     return jnp.where(within, order, last), count
+
+
+def rounded_up(n: int, of: int) -> int:
+    """The least multiple of `of` that is no less than n."""
+    return -(-n // of) * of
 
 
 def capped(s: Float[Array, "..."], softcap: float | None) -> Float[Array, "..."]:

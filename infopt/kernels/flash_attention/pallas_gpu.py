@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from infopt.kernels.flash_attention.options import NEVER, Options, Places, capped, grouped, needed, ungrouped
+from infopt.kernels.flash_attention.options import NEVER, NOT_LATE, Options, Places, capped, grouped, needed, ungrouped
 from infopt.masks import seen
 from infopt.typing import Array
 
@@ -60,6 +60,8 @@ def unsupported(q: Array, width: int) -> str:
 
 def refuses(q: Array, k: Array, v: Array, o: Options) -> str:
     """Why a call cannot be served, or ""."""
+    if o.late is not None:
+        return NOT_LATE
     if found := unsupported(q, v.shape[-1]):
         return found
     if {k.dtype, v.dtype} != {q.dtype}:

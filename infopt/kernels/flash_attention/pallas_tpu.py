@@ -19,7 +19,18 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from infopt.kernels.flash_attention.options import NEVER, Options, Places, capped, grouped, needed, ungrouped, visits
+from infopt.kernels.flash_attention.options import (
+    NEVER,
+    NOT_LATE,
+    Options,
+    Places,
+    capped,
+    grouped,
+    needed,
+    rounded_up,
+    ungrouped,
+    visits,
+)
 from infopt.masks import seen
 from infopt.typing import Array
 
@@ -65,21 +76,19 @@ class Plan:
     def of(q: Any, k: Any, v: Any, o: Options, segments: bool) -> Plan:
         (batch, length, all_heads, width), (_, key_length, heads, out_width) = q.shape, v.shape
         group = all_heads // heads
-        queries = min(max(ROWS // group // LANES, 1) * LANES, _whole(length, LANES))
-        keys = min(KEYS, _whole(key_length, LANES))
+        queries = min(max(ROWS // group // LANES, 1) * LANES, rounded_up(length, LANES))
+        keys = min(KEYS, rounded_up(key_length, LANES))
         while batch * -(-length // queries) * -(-key_length // keys) > MOST_LISTED and keys < key_length:
             keys *= 2
         dtype = jnp.bfloat16 if q.dtype == jnp.bfloat16 else jnp.float32
-
-        def of_keys(keys: int) -> Plan:
-            return Plan(
-                batch, heads, group, _whole(length, queries), _whole(key_length, keys), width, out_width, queries, keys,
-                o.sinks > 0, segments, dtype,
-            )  # fmt: skip
-
-        while of_keys(keys).scratch_bytes() > MEMORY and keys > LANES:
-            keys = max(keys // 2 // LANES, 1) * LANES  # many queries that share a head leave less room for its keys
-        return of_keys(keys)
+        plan = Plan(
+            batch, heads, group, rounded_up(length, queries), rounded_up(key_length, keys), width, out_width, queries,
+            keys, o.sinks > 0, segments, dtype,
+        )  # fmt: skip
+        while plan.scratch_bytes() > MEMORY and plan.keys > LANES:  # many queries share a head: less room for its keys
+            keys = max(plan.keys // 2 // LANES, 1) * LANES
+            plan = dataclasses.replace(plan, keys=keys, key_length=rounded_up(key_length, keys))
+        return plan
 
     @property
     def blocks(self) -> tuple[int, int]:
@@ -117,24 +126,25 @@ class Plan:
     def block_bytes(self) -> tuple[list[int], list[int]]:
         """Bytes of each block in `specs`, as they lie in memory: the last axis in whole lanes, few rows in eights."""
         size = np.dtype(self.dtype).itemsize
-        query, of_out = (self.group * self.queries * _whole(w, LANES) * size for w in (self.width, self.out_width))
-        key, value = (self.keys * _whole(w, LANES) * size for w in (self.width, self.out_width))
+        query, of_out = (self.group * self.queries * rounded_up(w, LANES) * size for w in (self.width, self.out_width))
+        key, value = (self.keys * rounded_up(w, LANES) * size for w in (self.width, self.out_width))
         places = [self.queries * 4, self.keys * 4] * (1 + self.segments)
-        return [query] * (1 + self.sinks) + [key, value, *places], [of_out, _whole(self.group, 8) * self.queries * 4]
+        return [query] * (1 + self.sinks) + [key, value, *places], [
+            of_out,
+            rounded_up(self.group, 8) * self.queries * 4,
+        ]
 
     def scratch_bytes(self) -> int:
         """Vector memory that a step needs, blocks twice: one is fetched while the other is used."""
         reads, writes = self.block_bytes()
         rows = self.group * self.queries
-        return 2 * sum(reads + writes) + 4 * rows * (_whole(self.out_width, LANES) + 3 * LANES + 3 * self.keys)
-
-
-def _whole(n: int, of: int) -> int:
-    return -(-n // of) * of
+        return 2 * sum(reads + writes) + 4 * rows * (rounded_up(self.out_width, LANES) + 3 * LANES + 3 * self.keys)
 
 
 def refuses(q: Any, k: Any, v: Any, o: Options) -> str:
     """Why the kernel cannot serve these shapes, or ""."""
+    if o.late is not None:
+        return NOT_LATE
     if min(q.shape[1], k.shape[1]) == 0:
         return "there is nothing to attend to."
     if max(q.shape[3], v.shape[3]) > WIDEST:
