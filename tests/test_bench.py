@@ -9,6 +9,9 @@ import pytest
 
 import infopt as ip
 from infopt import bench, timing
+from infopt.bench import attention
+from infopt.kernels.decode_attention.shapes import Shape as DecodeShape
+from infopt.kernels.flash_attention.shapes import Shape as FlashShape
 
 
 @pytest.mark.parametrize("product", ["x @ w.T", "einsum"])
@@ -34,3 +37,40 @@ def test_other_models_have_no_yardstick() -> None:
 def test_a_median_is_over_the_runs_after_the_first() -> None:
     seconds = iter([9.0, 1.0, 2.0, 6.0])
     assert timing.interleaved({"a": lambda: next(seconds)}, 3) == {"a": 2.0}
+
+
+def test_attention_is_timed_with_each_implementation_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+
+    def turns(runs, repeats):
+        for name, run in runs.items():
+            assert run() > 0
+            order.append(name)
+        return {name: [3.0, 1.0, 2.0] for name in runs}
+
+    monkeypatch.setattr(attention, "turns", turns)
+    shapes = [FlashShape("a"), FlashShape("b", lengths=(20,), offsets=(3,))], [DecodeShape("c", lengths=(9,))]
+    rows = attention.rows(*shapes, repeats=3)
+    assert order == ["flash/a/reference", "flash/a/blockwise", "flash/b/reference", "flash/b/blockwise", "decode/c/xla"]
+    assert [f"{row['kind']}/{row['shape']}/{row['implementation']}" for row in rows] == order
+    assert all((row["fastest"], row["seconds"], row["slowest"]) == (1.0, 2.0, 3.0) for row in rows)
+
+
+def test_what_attention_must_compute_and_move_is_counted_by_hand() -> None:
+    full = FlashShape("", queries=8, heads=4, kv_heads=2, width=16)
+    assert full.flops == 36 * 4 * (2 * 16 + 2 * 16)  # 36 pairs at or below the diagonal
+    assert full.moved == 4 * (2 * 8 * 4 * 16 + 2 * 8 * 2 * 16)  # queries and output, keys and values
+    seen = FlashShape("", queries=8, heads=4, kv_heads=2, width=16, window=3, sinks=1)
+    assert seen.flops == (1 + 2 + 3 + 4 * 5) * 4 * 64
+    step = DecodeShape("", lengths=(40, 7), slots=64, heads=4, kv_heads=2, width=16)
+    assert step.flops == 47 * 4 * 64 and step.moved == 47 * 2 * 2 * 16 * 4
+    ring = DecodeShape("", lengths=(40, 7), heads=4, kv_heads=2, width=16, window=20, sinks=4, ring=True, codec="int8")
+    assert ring.flops == 31 * 4 * 64 and ring.moved == 31 * 2 * 2 * (16 + 2)  # a byte a channel, a scale of 2 a group
+
+
+def test_memory_of_attention_without_all_scores_grows_with_the_text_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "LENGTHS", (2048, 4096))
+    found = {(r["implementation"], r["window"], r["length"]): r["bytes"] for r in attention.memory()}
+    assert found["reference", None, 4096] > 3.5 * found["reference", None, 2048]
+    assert found["blockwise", None, 4096] < 2.5 * found["blockwise", None, 2048]
+    assert found["blockwise", None, 4096] < found["reference", None, 4096] / 10

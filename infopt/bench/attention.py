@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +19,10 @@ from infopt import models
 from infopt.errors import human
 from infopt.kernels import decode_attention as decode
 from infopt.kernels import flash_attention as flash
-from infopt.kernels.flash_attention.shapes import TIMED, Shape
+from infopt.kernels.decode_attention.shapes import TIMED as DECODES
+from infopt.kernels.decode_attention.shapes import Shape as DecodeShape
+from infopt.kernels.flash_attention.shapes import TIMED as FLASHES
+from infopt.kernels.flash_attention.shapes import Shape as FlashShape
 from infopt.sampling import Sampling
 from infopt.timing import timed, turns
 from infopt.transforms import cache_kv
@@ -38,45 +42,62 @@ def limits(repeats: int = 5) -> dict[str, float]:
     return {"flops": 2 * 2048**3 / min(taken["flops"]), "bytes": big.nbytes / min(taken["bytes"])}
 
 
-def _moved(shape: Shape) -> int:
-    """Bytes that have to be read and written whatever the implementation: queries, keys, values and the output."""
-    size = jnp.dtype(shape.dtype).itemsize
-    keys = shape.length if shape.window is None else min(shape.length, shape.queries + shape.window + shape.sinks)
-    width = shape.width + (shape.value_width or shape.width)
-    return size * shape.batch * width * (shape.queries * shape.heads + keys * shape.kv_heads)
+Call = Callable[[], Any]
 
 
-def rows(shapes: tuple[Shape, ...] = TIMED, repeats: int = 5) -> list[dict[str, Any]]:
+def _call(attend: Callable[..., Any], name: str, arrays: Sequence[Any], options: Mapping[str, Any]) -> Call:
+    """A compiled call of an implementation, to which every array is an argument and not a constant to fold."""
+    traced = {key: value for key, value in options.items() if any(map(_is_array, jax.tree.leaves(value)))}
+    static = {key: value for key, value in options.items() if key not in traced}
+    run = jax.jit(functools.partial(attend, **static, implementation=name))
+    return functools.partial(run, *arrays, **traced)
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array)
+
+
+def _calls(
+    flashes: Sequence[FlashShape], decodes: Sequence[DecodeShape]
+) -> Iterator[tuple[str, FlashShape | DecodeShape, str, Call]]:
+    """Kind, shape, implementation and a call, for each that this machine runs."""
+    for shape in flashes:
+        for name in flash.available():
+            yield "flash", shape, name, _call(flash.flash_attention, name, shape.arrays(), shape.options())
+    for shape in decodes:
+        arrays, options = shape.arguments()
+        for name in decode.available():
+            yield "decode", shape, name, _call(decode.decode_attention, name, arrays, options)
+
+
+def rows(
+    flashes: Sequence[FlashShape] = FLASHES,
+    decodes: Sequence[DecodeShape] = DECODES,
+    repeats: int = 5,
+) -> list[dict[str, Any]]:
     """Median seconds of each shape with each implementation, in turn; FLOPs that count and bytes that must move."""
-    runs: dict[str, Callable[[], float]] = {}
-    for shape in shapes:
-        arrays, options = shape.arrays(), shape.options()
-        for name in flash.available():
-            call = jax.jit(lambda q, k, v, o=options, n=name: flash.flash_attention(q, k, v, **o, implementation=n))
-            runs[f"{shape.name}/{name}"] = lambda call=call, arrays=arrays: timed(lambda: call(*arrays))
-    taken, found = turns(runs, repeats), []
-    for shape in shapes:
-        for name in flash.available():
-            seconds = taken[f"{shape.name}/{name}"]
-            found.append(
-                {
-                    "shape": shape.name,
-                    "implementation": name,
-                    "seconds": float(np.median(seconds)),
-                    "fastest": min(seconds),
-                    "slowest": max(seconds),
-                    "flops": shape.flops,
-                    "bytes": _moved(shape),
-                }
-            )
-    return found
+    calls = list(_calls(flashes, decodes))
+    runs = {f"{kind}/{shape.name}/{name}": functools.partial(timed, call) for kind, shape, name, call in calls}
+    return [
+        {
+            "kind": kind,
+            "shape": shape.name,
+            "implementation": name,
+            "seconds": float(np.median(seconds)),
+            "fastest": min(seconds),
+            "slowest": max(seconds),
+            "flops": shape.flops,
+            "bytes": shape.moved,
+        }
+        for (kind, shape, name, _), seconds in zip(calls, turns(runs, repeats).values())
+    ]
 
 
 def memory() -> list[dict[str, Any]]:
     """Temporary bytes that XLA plans for SmolLM2's attention at `LENGTHS`, by implementation, and under a window."""
     found = []
     for length in LENGTHS:
-        shape = Shape("", queries=length, heads=9, kv_heads=3, width=64)
+        shape = FlashShape("", queries=length, heads=9, kv_heads=3, width=64)
         q, k, v = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in jax.eval_shape(shape.arrays))
         for name in flash.available():
             for window in (None, 512):
@@ -142,13 +163,15 @@ def main(args: argparse.Namespace) -> int:
     print(
         f"at most, measured now: {top['flops'] / 1e9:.0f} GFLOP/s in a float32 product, {human(top['bytes'])}/s read\n"
     )
-    print(f"{'shape':<32}{'implementation':<16}{'ms':>8}  {'GFLOP/s':>8} {'of most':>8}  {'bytes/s':>9}  of reference")
+    print(
+        f"{'attention':<40}{'implementation':<16}{'ms':>8}  {'GFLOP/s':>8} {'of most':>8}  {'bytes/s':>9}  of the first"
+    )
+    first = {row["shape"]: row["seconds"] for row in reversed(found["rows"])}
     for row in found["rows"]:
-        plain = next(r for r in found["rows"] if r["shape"] == row["shape"] and r["implementation"] == "reference")
         rate, s = row["flops"] / row["seconds"], row["seconds"]
         print(
-            f"{row['shape']:<32}{row['implementation']:<16}{1e3 * s:>8.1f}  {rate / 1e9:>8.1f} "
-            f"{rate / top['flops']:>8.0%}  {human(row['bytes'] / s):>9}  {s / plain['seconds']:.2f}x its time"
+            f"{row['kind'] + ' ' + row['shape']:<40}{row['implementation']:<16}{1e3 * s:>8.1f}  {rate / 1e9:>8.1f} "
+            f"{rate / top['flops']:>8.0%}  {human(row['bytes'] / s):>9}  {s / first[row['shape']]:.2f}x its time"
         )
     print("\ntemporary memory of SmolLM2's attention (XLA's own plan)")
     for row in found["memory"]:

@@ -14,7 +14,8 @@ from infopt.cache import Layout
 from infopt.qtensor import Format
 from infopt.spec import Window
 
-CODECS = {"float32": None, "int8": Format("int8", 16, "float16"), "int4": Format("int4_min", 16, "float16")}
+CODECS = {"float32": None, "int8": "int8", "int4": "int4_min"}
+"""Formats of keys and values by the names that shapes use."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Shape:
       window, sinks: of the layer.
       ring: whether the layout is a ring; it looks ahead `queries` tokens.
       page: slots a page, or None.
-      codec: a key of `CODECS`.
+      codec: a key of `CODECS`; group: channels that share its scale.
       softcap, sink_logits: as for `decode_attention`.
       dtype: of queries, and of keys and values without a codec.
     """
@@ -49,6 +50,7 @@ class Shape:
     ring: bool = False
     page: int | None = None
     codec: str = "float32"
+    group: int = 16
     softcap: float | None = None
     sink_logits: bool = False
     dtype: str = "float32"
@@ -62,6 +64,11 @@ class Shape:
         return Layout(self.slots, window, None, self.page)
 
     @property
+    def format(self) -> Format | None:
+        name = CODECS[self.codec]
+        return None if name is None else Format(name, self.group, "float16")
+
+    @property
     def layer(self) -> int:
         return self.layers - 1
 
@@ -73,9 +80,9 @@ class Shape:
         return tuple(rng.normal(size=s).astype(np.float32) for s in (size, size, q, q))
 
     def arguments(self, seed: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """What `decode_attention` is called with: the text written into a cache, chunk after chunk."""
+        """What `decode_attention` is called with: the text written into a cache, into a ring chunk after chunk."""
         keys, values, q, sink_q = (jnp.asarray(x).astype(self.dtype) for x in self.text(seed))
-        layout, codec, batch = self.layout, CODECS[self.codec], len(self.lengths)
+        layout, codec, batch = self.layout, self.format, len(self.lengths)
         lengths = jnp.asarray(self.lengths, jnp.int32)
         table = None
         if self.page is not None:
@@ -84,8 +91,9 @@ class Shape:
         caches = []
         for x in (keys, values):
             cache = kv.empty(layout, self.layers, batch, self.kv_heads, self.width, codec, self.dtype)
-            for start in range(0, x.shape[1], self.queries):
-                chunk = x[:, start : start + self.queries]
+            step = self.queries if self.ring else x.shape[1]
+            for start in range(0, x.shape[1], step):
+                chunk = x[:, start : start + step]
                 at = jnp.broadcast_to(jnp.arange(start, start + chunk.shape[1], dtype=jnp.int32)[None], chunk.shape[:2])
                 new = kv.encode(chunk, codec)
                 cache = _write(cache, new, self.layer, layout, table, at, at < lengths[:, None])
@@ -100,6 +108,25 @@ class Shape:
         if self.sink_logits:
             how["sink_logits"] = jnp.linspace(-1.0, 2.0, self.heads)
         return (q, *caches, jnp.int32(self.layer)), how
+
+    @property
+    def seen(self) -> int:
+        """Keys that the last query of each row sees, in all rows."""
+        window = self.layout.window
+        most = self.layout.slots if window is None else window.size + window.sinks
+        return sum(min(length, most) for length in self.lengths)
+
+    @property
+    def flops(self) -> int:
+        """Of the two products, over the keys that are seen."""
+        return 4 * self.queries * self.heads * self.width * self.seen
+
+    @property
+    def moved(self) -> int:
+        """Bytes that have to be read whatever the implementation: the layer's keys and values that are seen."""
+        token = jnp.zeros((1, 1, self.kv_heads, self.width), self.dtype)
+        one = jax.eval_shape(lambda: kv.encode(token, self.format))
+        return 2 * self.seen * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(one))
 
 
 _write = jax.jit(kv.write, static_argnums=(2, 3), donate_argnums=0)
@@ -134,3 +161,18 @@ CONTRACT: tuple[Shape, ...] = (
 
 TOLERANCE = {"float32": 2e-5, "bfloat16": 3e-2}
 """Of an output of normal values against float64."""
+
+TIMED: tuple[Shape, ...] = tuple(
+    dataclasses.replace(Shape("", heads=9, kv_heads=3, width=64, layers=4), **how)
+    for how in (
+        dict(name="smollm2_200_of_8k", lengths=(200,), slots=8192),
+        dict(name="smollm2_8k", lengths=(8192,), slots=8192),
+        dict(name="smollm2_8k_int8", lengths=(8192,), slots=8192, codec="int8", group=32),
+        dict(name="smollm2_8k_int4", lengths=(8192,), slots=8192, codec="int4", group=32),
+        dict(name="smollm2_8k_5_queries", lengths=(8192,), slots=8192, queries=5),
+        dict(name="smollm2_8k_pages_of_16", lengths=(8192,), slots=8192, page=16),
+        dict(name="smollm2_ring_512_4_sinks", lengths=(2048,), window=512, sinks=4, ring=True),
+        dict(name="llama8b_2k_8_rows", lengths=(2048,) * 8, slots=2048, heads=32, kv_heads=8, width=128, layers=1),
+    )
+)
+"""A layer's part of a decoding step, as the benchmark times it."""

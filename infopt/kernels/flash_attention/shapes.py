@@ -96,6 +96,13 @@ class Shape:
         """Of the two products, over the scores that count."""
         return 2 * self.batch * self.heads * self.scores * (self.width + (self.value_width or self.width))
 
+    @property
+    def moved(self) -> int:
+        """Bytes that have to be read and written whatever the implementation: queries, keys, values and the output."""
+        keys = self.length if self.window is None else min(self.length, self.queries + self.window + self.sinks)
+        width = self.width + (self.value_width or self.width)
+        return jnp.dtype(self.dtype).itemsize * self.batch * width * (self.queries * self.heads + keys * self.kv_heads)
+
 
 CONTRACT: tuple[Shape, ...] = (
     Shape("causal"),
