@@ -199,7 +199,7 @@ FLASH = "flash"
 """A Spec's attention where the platform and the shape choose the implementation."""
 CACHED: dict[str, str | None] = {
     "reference": "xla",
-    "blockwise": "xla",
+    "blockwise": "blockwise",
     "pallas_tpu": "pallas_tpu",
     "pallas_gpu": "pallas_gpu",
     FLASH: None,

@@ -224,8 +224,10 @@ def uptrain(
     """
     tokens = _encode(model, text)
     contexts = [m.spec.config.context for m in (model, teacher[0])]
+    length = min(length, *contexts) if isinstance(length, int) else length
+    warmup = max(steps // 10, 1) if isinstance(steps, int) else 0  # Training says what is wrong with others
     plan = Training(
-        steps, batch, min(length, *contexts), accumulate, rate, max(steps // 10, 1), decay=0.0, seed=seed,
+        steps, batch, length, accumulate, rate, warmup, decay=0.0, seed=seed,
         mix=mix, temperature=temperature,
     )  # fmt: skip
     return fit(model, params, tokens, plan, teacher=teacher, folder=folder, every=every, progress=progress)

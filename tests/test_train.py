@@ -287,6 +287,13 @@ def test_a_teacher_of_another_tokenizer_is_refused_and_text_needs_one(monkeypatc
         assert list(ip.uptrain(one, START, teacher=(one, START), text=text, steps=1)) == ids  # type: ignore[comparison-overlap]
 
 
+@pytest.mark.parametrize("wrong", [dict(steps="10"), dict(steps=0), dict(steps=1, length="16"), dict(steps=1, batch=0)])
+def test_uptraining_without_a_plan_is_refused(wrong: dict[str, Any]) -> None:
+    ((name, value), *_) = reversed(wrong.items())
+    with pytest.raises(InfoptError, match=f"{name}={value!r} is no plan for training"):
+        ip.uptrain(POOLED, SMALL, teacher=(MODEL, START), text=TEXT, **wrong)
+
+
 def test_a_share_without_a_teacher_is_refused() -> None:
     with pytest.raises(InfoptError, match="has no teacher"):
         fit(POOLED, SMALL, TEXT, TAUGHT)

@@ -42,13 +42,18 @@ def _(*_: Any, out: Any, **__: Any) -> Any:
     return out
 
 
+def _error(here: str, what: str, platforms: tuple[str, ...], fix: str) -> InfoptError:
+    why = f"it is written for {' and '.join(platforms)}, and compiles for nothing else."
+    return InfoptError(f"{what} on {here}.", why=why, fix=fix)
+
+
+@_refused.def_impl
+def _(*_: Any, what: str, platforms: tuple[str, ...], fix: str, **__: Any) -> Any:
+    raise _error(jax.default_backend(), what, platforms, fix)
+
+
 def _raise(ctx: Any, *_: Any, what: str, platforms: tuple[str, ...], fix: str, **__: Any) -> Any:
-    here = " or ".join(ctx.module_context.platforms)
-    raise InfoptError(
-        f"{what} on {here}.",
-        why=f"it is written for {' and '.join(platforms)}, and compiles for nothing else.",
-        fix=fix,
-    )
+    raise _error(" or ".join(ctx.module_context.platforms), what, platforms, fix)
 
 
 mlir.register_lowering(_refused, _raise)

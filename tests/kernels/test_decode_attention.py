@@ -8,7 +8,7 @@ import pytest
 import infopt as ip
 from infopt import cache as kv
 from infopt.cache import Layout
-from infopt.kernels.decode_attention import IMPLEMENTATIONS, decode_attention
+from infopt.kernels.decode_attention import IMPLEMENTATIONS, decode_attention, pallas_tpu
 from infopt.kernels.decode_attention.shapes import CODECS, CONTRACT, TOLERANCE, Shape
 from infopt.kernels.decode_attention.xla import FEWEST, read_lengths
 from infopt.qtensor import round_trip
@@ -97,11 +97,33 @@ def test_bad_input_is_refused_with_a_reason(change, said):
     assert e.value.why and e.value.fix
 
 
+NOT_ON_TPU = {
+    "dtype": (Shape("", dtype="float16"), "keys or values in float16"),
+    "few slots a page": (Shape("", page=4), "at least 8"),
+    "pages across registers": (Shape("", page=12), "registers of 8"),
+    "another grid": (Shape("", codec="nf4", width=32), "it undoes int8 and int4_min"),
+    "a long table": (Shape("", page=8), "block table of 8 pages; it holds 4"),
+}
+
+
+@pytest.mark.parametrize(("shape", "said"), NOT_ON_TPU.values(), ids=NOT_ON_TPU)
+def test_what_the_tpu_kernel_cannot_serve_is_refused(shape, said, monkeypatch):
+    monkeypatch.setitem(CODECS, "nf4", "nf4")
+    if "table" in said:
+        monkeypatch.setattr(pallas_tpu, "MOST_LISTED", 4)
+    args, how = shape.arguments()
+    with pytest.raises(ip.InfoptError, match=said) as e:
+        decode_attention(*args, **how, implementation="pallas_tpu")
+    assert "xla" in e.value.fix
+
+
 def test_a_kernel_for_other_hardware_is_refused_and_never_replaced():
     args, how = Shape("", width=128, slots=256).arguments()
     with pytest.raises(ip.InfoptError, match="cpu") as e:
         jax.jit(lambda *args: decode_attention(*args, **how, implementation="pallas_tpu"))(*args)
     assert "xla" in e.value.fix
+    with pytest.raises(ip.InfoptError, match="cpu"):
+        decode_attention(*args, **how, implementation="pallas_tpu")  # nor outside of jit
 
 
 def test_a_ring_and_a_linear_cache_of_the_same_text_agree():

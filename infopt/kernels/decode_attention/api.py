@@ -18,6 +18,7 @@ from infopt.typing import Array
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "xla": Implementation(xla.forward),
+    "blockwise": Implementation(xla.blockwise),
     "pallas_tpu": Implementation(pallas_tpu.forward, ("tpu",), pallas_tpu.refuses),
     "pallas_gpu": Implementation(pallas_gpu.forward, ("gpu",), pallas_gpu.refuses),
 }

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from infopt import cache as kv
 from infopt.kernels.decode_attention.call import Call
+from infopt.kernels.flash_attention import blockwise as blocks
 from infopt.kernels.flash_attention import portable
 from infopt.kernels.flash_attention.options import Places
 from infopt.typing import Array
@@ -31,9 +33,18 @@ def read_lengths(slots: int, fewest: int = FEWEST) -> list[int]:
 
 
 def forward(call: Call) -> tuple[Array, Array]:
-    """The output `[B, T, H, D]` and the log-sum-exp of scores `[B, T, H]`."""
+    """The output `[B, T, H, D]` and the log-sum-exp of scores `[B, T, H]`; many scores are computed by block."""
+    return _read(call, portable.forward)
+
+
+def blockwise(call: Call) -> tuple[Array, Array]:
+    """The same, by block however few there are."""
+    return _read(call, blocks.forward)
+
+
+def _read(call: Call, attend: Callable[..., tuple[Array, Array]]) -> tuple[Array, Array]:
     lengths = read_lengths(call.layout.slots, max(FEWEST // call.layout.group, 1))
-    branches = [functools.partial(_of_first, n) for n in lengths]
+    branches = [functools.partial(_of_first, n, attend) for n in lengths]
     return branches[0](call) if len(branches) == 1 else jax.lax.switch(_enough(call, lengths), branches, call)
 
 
@@ -43,7 +54,7 @@ def _enough(call: Call, lengths: list[int]) -> Array:
     return jnp.sum(most > jnp.asarray(lengths[:-1], jnp.int32), dtype=jnp.int32)
 
 
-def _of_first(n: int, call: Call) -> tuple[Array, Array]:
+def _of_first(n: int, attend: Callable[..., tuple[Array, Array]], call: Call) -> tuple[Array, Array]:
     layout = call.layout
     keys, values = (kv.read(x, call.layer, layout, call.table, n) for x in (call.keys, call.values))
     if layout.group > 1:
@@ -51,4 +62,4 @@ def _of_first(n: int, call: Call) -> tuple[Array, Array]:
     else:
         k, v = (kv.decode(x, call.heads, call.q.dtype) for x in (keys, values))
     places = Places(call.positions, layout.positions(call.lengths)[:, : n * layout.group])
-    return portable.forward(call.q, call.sink_q, k, v, places, call.options)
+    return attend(call.q, call.sink_q, k, v, places, call.options)
