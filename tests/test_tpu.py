@@ -6,6 +6,8 @@ What is compiled here is executed nowhere. That kernels compute what they should
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.metadata
 import json
 import os
 import platform
@@ -154,6 +156,21 @@ def test_the_committed_table_holds_every_case_and_all_of_them_fit() -> None:
         assert set(rows) == {(case.name, generation) for case in cases for generation in case.generations}
         assert all(row["fits"] and row["kernels"] for row in rows.values())
     assert [row["length"] for row in found["flash_against_unfused"]] == [8192, 32768, 32768]
+
+
+@compiles
+@pytest.mark.parametrize("name", ["flash, 8k", "decode, 8k, 8 bits", "SmolLM2-135M, bfloat16, decode at 8k"])
+def test_the_committed_table_is_that_of_these_sources(name: str) -> None:
+    table = json.loads((Path(__file__).parents[1] / "docs" / "tpu.json").read_text("utf-8"))
+    for package, version in table["versions"].items():
+        if importlib.metadata.version(package) != version:
+            pytest.skip(f"docs/tpu.json was written with {package} {version}, whose compilers these are not")
+    (case,) = (case for cases in (tpu.kernels(), tpu.steps()) for case in cases if case.name == name)
+    (said,) = (r for r in table["kernels"] + table["steps"] if (r["name"], r["generation"]) == (name, "v5e"))
+    found = tpu.row(dataclasses.replace(case, choose=False), "v5e")
+    assert {k: said[k] for k in found if k != "compile_seconds"} == {
+        k: v for k, v in found.items() if k != "compile_seconds"
+    }
 
 
 @compiles

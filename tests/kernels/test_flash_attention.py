@@ -218,6 +218,18 @@ def test_memory_grows_with_the_length_by_block_and_with_its_square_in_the_refere
     assert 50 * temporaries(16384, "blockwise") < temporaries(16384, "reference")
 
 
+@pytest.mark.parametrize("name", ["reference", "blockwise"])
+def test_float32_is_multiplied_in_full_forwards_and_backwards(name):
+    """A TPU's own choice is bfloat16, a GPU's TF32: neither keeps the contract's tolerance."""
+    q, k, v = Shape("", queries=40).arrays()
+    loss = jax.grad(lambda *x: flash_attention(*x, implementation=name).sum(), argnums=(0, 1, 2))
+    for f in (lambda *x: flash_attention(*x, implementation=name), loss):
+        text = jax.jit(f).lower(q, k, v).as_text()
+        assert text.count("stablehlo.dot_general") == text.count("precision = [HIGHEST, HIGHEST]") > 1
+    low = (x.astype(jnp.bfloat16) for x in (q, k, v))
+    assert "HIGHEST" not in jax.jit(lambda *x: flash_attention(*x, implementation=name)).lower(*low).as_text()
+
+
 def test_what_runs_where_is_told():
     assert available("cpu") == ["reference", "blockwise"]
     assert "pallas_tpu" in available("tpu") and "pallas_gpu" in available("gpu")

@@ -30,8 +30,8 @@ from infopt import cache as kv
 from infopt.cache import Layout
 from infopt.formats import Format
 from infopt.kernels.decode_attention.call import Call
-from infopt.kernels.flash_attention.options import NEVER, NOT_LATE, capped, rounded_up
-from infopt.kernels.flash_attention.pallas_tpu import LANES, MEMORY, MOST_LISTED, product
+from infopt.kernels.flash_attention.options import NEVER, NOT_LATE, capped, product, rounded_up
+from infopt.kernels.flash_attention.pallas_tpu import LANES, MEMORY, MOST_LISTED
 from infopt.kernels.flash_attention.sums import joined
 from infopt.masks import seen
 from infopt.qtensor import is_qtensor

@@ -8,6 +8,7 @@ row is skipped. Sinks are a block of their own, since their queries stand elsewh
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ from infopt.kernels.flash_attention.options import (
     grouped,
     mask,
     needed,
+    precision_of,
     rounded_up,
     ungrouped,
 )
@@ -115,7 +117,7 @@ def _scores(q: Array, k: Array, allowed: Array, o: Options) -> tuple[Array, Arra
     batch, heads, group, rows, width = q.shape
     s = jax.lax.dot_general(  # one product a head: the queries that share its keys are rows of one matrix
         q.reshape(batch, heads, group * rows, width), k, (((3,), (3,)), ((0, 1), (0, 1))),
-        preferred_element_type=jnp.float32,
+        precision=precision_of(k.dtype), preferred_element_type=jnp.float32,
     ).reshape(batch, heads, group, rows, -1)  # fmt: skip
     return capped(s * o.scale, o.softcap), allowed[:, None, None]
 
@@ -130,7 +132,7 @@ def _step(carry: Any, q: Array, k: Array, v: Array, allowed: Array, o: Options) 
     batch, heads, group, rows, columns = p.shape
     more = jax.lax.dot_general(
         p.astype(v.dtype).reshape(batch, heads, group * rows, columns), v, (((3,), (2,)), ((0, 1), (0, 1))),
-        preferred_element_type=jnp.float32,
+        precision=precision_of(v.dtype), preferred_element_type=jnp.float32,
     ).reshape(batch, heads, group, rows, -1)  # fmt: skip
     return high, total * shrink + jnp.sum(p, -1), out * shrink[..., None] + more
 
@@ -142,13 +144,14 @@ def _gradients(
     s, allowed = _scores(q, k, allowed, o)
     p = jnp.where(allowed, jnp.exp(s - jnp.where(jnp.isneginf(lse), 0.0, lse)[..., None]), 0.0)
     d_out = d_out.astype(jnp.float32)
-    dv = jnp.einsum("bkgts,bkgtd->bksd", p, d_out)
-    ds = p * (jnp.einsum("bkgtd,bksd->bkgts", d_out, v.astype(jnp.float32)) - share[..., None])
+    product = functools.partial(jnp.einsum, precision=precision_of(q.dtype))
+    dv = product("bkgts,bkgtd->bksd", p, d_out)
+    ds = p * (product("bkgtd,bksd->bkgts", d_out, v.astype(jnp.float32)) - share[..., None])
     if o.softcap is not None:
         ds = ds * (1 - jnp.square(s * (1 / o.softcap)))
     ds = ds * o.scale
-    dq = jnp.einsum("bkgts,bksd->bkgtd", ds, k.astype(jnp.float32))
-    dk = jnp.einsum("bkgts,bkgtd->bksd", ds, q.astype(jnp.float32))
+    dq = product("bkgts,bksd->bkgtd", ds, k.astype(jnp.float32))
+    dk = product("bkgts,bkgtd->bksd", ds, q.astype(jnp.float32))
     return dq, dk, dv
 
 

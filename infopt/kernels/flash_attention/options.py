@@ -17,6 +17,18 @@ NEVER = -1e30
 """A score that no softmax notices; finite, since the difference of two infinities is none."""
 
 
+def precision_of(dtype: Any) -> jax.lax.Precision | None:
+    """How factors are multiplied: float32 in full, which accelerators by default round to fewer bits."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
+def product(a: Array, b: Array, axis: int) -> Array:
+    """a over the last axis times b over `axis`, of matrices, summed in float32."""
+    return jax.lax.dot_general(
+        a, b, (((1,), (axis,)), ((), ())), precision=precision_of(a.dtype), preferred_element_type=jnp.float32
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Options:
     """The static part of a call; equal Options compile once.

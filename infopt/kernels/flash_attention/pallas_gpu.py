@@ -21,7 +21,17 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from infopt.kernels.flash_attention.options import NEVER, NOT_LATE, Options, Places, capped, grouped, needed, ungrouped
+from infopt.kernels.flash_attention.options import (
+    NEVER,
+    NOT_LATE,
+    Options,
+    Places,
+    capped,
+    grouped,
+    needed,
+    product,
+    ungrouped,
+)
 from infopt.masks import seen
 from infopt.typing import Array
 
@@ -177,11 +187,11 @@ def walk(
         if segment is not None:
             allowed &= segment[:, None] == key_segment[None, :]
         allowed = jnp.broadcast_to(allowed, (q.shape[0], count))
-        s = capped(_dot(q, k, 1) * o.scale, o.softcap)
+        s = capped(product(q, k, 1) * o.scale, o.softcap)
         s = jnp.where(allowed, s, 2 * NEVER)  # below any maximum, so that its exponential is 0 in an empty row too
         high = jnp.maximum(most, jnp.max(s, 1))
         p, shrink = jnp.exp(s - high[:, None]), jnp.exp(most - high)
-        return high, total * shrink + jnp.sum(p, 1), out * shrink[:, None] + _dot(p.astype(v.dtype), v, 0)
+        return high, total * shrink + jnp.sum(p, 1), out * shrink[:, None] + product(p.astype(v.dtype), v, 0)
 
     rows = q.shape[0]
     carry = (
@@ -195,14 +205,6 @@ def walk(
     most, total, out = jax.lax.fori_loop(first, last, lambda j, c: step(j * b.keys, b.keys, q, c, False), carry)
     some = jnp.where(total == 0, 1.0, total)
     return out / some[:, None], jnp.where(total == 0, -jnp.inf, most + jnp.log(some))
-
-
-def _dot(a: Array, b: Array, axis: int) -> Array:
-    """In float32; its products are rounded to no fewer bits than their factors have."""
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jax.lax.dot_general(
-        a, b, (((1,), (axis,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
-    )
 
 
 def inside(start: Any, count: int, length: int, width: int, real: int) -> Any:

@@ -27,6 +27,7 @@ from infopt.kernels.flash_attention.options import (
     capped,
     grouped,
     needed,
+    product,
     rounded_up,
     ungrouped,
     visits,
@@ -332,11 +333,3 @@ def _kernel(plan: Plan, o: Options, order: Any, count: Any, *refs: Any) -> None:
         found = jnp.where(total[...] == 0, -jnp.inf, most[...] + jnp.log(some))
         for g in range(plan.group):  # a column of rows becomes a row: 128 times less to write
             lse[0, 0, g : g + 1, :] = found[g * plan.queries : (g + 1) * plan.queries].T[:1]
-
-
-def product(a: Array, b: Array, axis: int) -> Array:
-    """a over the last axis times b over `axis`, in float32; float32 factors in full."""
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jax.lax.dot_general(
-        a, b, (((1,), (axis,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
-    )

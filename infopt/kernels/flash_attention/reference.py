@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from infopt.kernels.flash_attention.options import NEVER, Options, Places, capped, grouped, mask, ungrouped
+from infopt.kernels.flash_attention.options import (
+    NEVER,
+    Options,
+    Places,
+    capped,
+    grouped,
+    mask,
+    precision_of,
+    ungrouped,
+)
 from infopt.typing import Array
 
 
 def forward(q: Array, sink_q: Any, k: Array, v: Array, places: Places, o: Options) -> tuple[Array, Array]:
     """The output `[B, T, H, D]` and the log-sum-exp of scores `[B, T, H]`."""
 
+    product = functools.partial(jnp.einsum, precision=precision_of(k.dtype), preferred_element_type=jnp.float32)
+
     def scores(queries: Array, keys: Array) -> Array:
-        return jnp.einsum("bkgtd,bskd->bkgts", grouped(queries, k.shape[2]), keys, preferred_element_type=jnp.float32)
+        return product("bkgtd,bskd->bkgts", grouped(queries, k.shape[2]), keys)
 
     s = scores(q, k)
     if sink_q is not None and (n := min(o.sinks, k.shape[1])):
@@ -26,6 +38,6 @@ def forward(q: Array, sink_q: Any, k: Array, v: Array, places: Places, o: Option
     p = jnp.where(allowed, jnp.exp(s - most), 0.0)
     total = jnp.sum(p, -1, keepdims=True)
     p = (p / jnp.where(total == 0, 1.0, total)).astype(v.dtype)
-    out = jnp.einsum("bkgts,bskd->bkgtd", p, v, preferred_element_type=jnp.float32)
+    out = product("bkgts,bskd->bkgtd", p, v)
     lse = jnp.where(total == 0, -jnp.inf, most + jnp.log(jnp.where(total == 0, 1.0, total)))
     return ungrouped(out).astype(q.dtype), ungrouped(lse)[..., 0]
