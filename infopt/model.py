@@ -805,7 +805,7 @@ def check_length(spec: Spec, length: int, what: str = "", fix: str = "") -> None
             f"{what or f'{length} tokens'} exceed the model's context of {limit}.",
             why="its positions are rows of a table, which has no more."
             if spec.config.learned_positions
-            else "some layers see all of the text, at distances that they were not trained on.",
+            else "some layers see further back than the model was trained on.",
             fix=(fix or f"at most {limit} tokens")
             + (
                 ""

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
+import functools
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,6 +59,25 @@ def test_attention_is_timed_with_each_implementation_in_turn(monkeypatch: pytest
     assert order == [*flashes, "decode/c/xla", "decode/c/blockwise"]
     assert [f"{row['kind']}/{row['shape']}/{row['implementation']}" for row in rows] == order
     assert all((row["fastest"], row["seconds"], row["slowest"]) == (1.0, 2.0, 3.0) for row in rows)
+
+
+def test_the_report_says_rates_beside_what_the_machine_does_at_most(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = functools.partial(attention.rows, [FlashShape("a", queries=64)], [DecodeShape("c")])
+    monkeypatch.setattr(attention, "rows", small)
+    monkeypatch.setattr(attention, "limits", lambda repeats: {"flops": 1e12, "bytes": 1e10})
+    monkeypatch.setattr(attention, "LENGTHS", (256,))
+    monkeypatch.setattr(attention, "steps", lambda repeats: {"256": 0.010, "8192": 0.012})
+    found = attention.attention(1)
+    for row in found["rows"]:
+        assert row["flops_per_second"] == pytest.approx(row["flops"] / row["seconds"])
+        assert row["bytes_per_second"] == pytest.approx(row["bytes"] / row["seconds"])
+    assert {r["implementation"] for r in found["memory"]} == {"reference", "blockwise"}
+    assert json.loads(json.dumps(found)) == found
+    assert attention.main(argparse.Namespace(repeats=1, json=False)) == 0
+    out = capsys.readouterr().out
+    assert "1000 GFLOP/s" in out and "flash a" in out and "decode c" in out and "(1.20x)" in out
 
 
 def test_what_attention_must_compute_and_move_is_counted_by_hand() -> None:

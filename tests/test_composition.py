@@ -52,7 +52,8 @@ def test_stack_equals_its_oracle(family, group):
 @pytest.mark.parametrize("choices", testing.covering(), ids=", ".join)
 def test_every_pair_of_attentions_settings_equals_its_oracle(choices):
     """The product of all of them runs in `infopt matrix --write` and `--check`."""
-    outcome = testing.check_combination(choices)
+    with testing.small_blocks(2**18):  # "plain" is then at once, and "flash" by block
+        outcome = testing.check_combination(choices)
     assert outcome.status == "equal", outcome.detail
 
 

@@ -16,15 +16,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import infopt as ip
 from infopt import tpu
-from infopt.kernels.flash_attention import pallas_tpu
+from infopt.kernels.flash_attention import flash_attention, pallas_tpu
 from infopt.kernels.flash_attention.options import Options, Places
 from infopt.spec import Window
+
+TABLE = Path(__file__).parents[1] / "docs" / "tpu.json"
 
 compiles = pytest.mark.skipif(bool(tpu.missing()), reason=tpu.missing() or "libtpu is here")
 everywhere = pytest.mark.parametrize("generation", tpu.TOPOLOGIES)
@@ -76,6 +79,30 @@ def test_an_8b_step_fits_a_v5e_and_copies_no_cache() -> None:
 
 
 @compiles
+@everywhere
+def test_8b_steps_compile_for_every_generation(generation: str) -> None:
+    model = (ip.quantize(bits=8) | FLASH | ip.cache_kv())(tpu.llama_8b())
+    for tokens in (None, 128):
+        found = tpu.row(tpu.step_case("", model, 8192, tokens), generation)
+        assert found["kernels"] >= 1 and found["fits"] and found["temp_bytes"] < 50e6
+
+
+@compiles
+@pytest.mark.parametrize("kernel", ["flash", "decode"])
+def test_float32_multiplied_in_full_compiles_too(kernel: str) -> None:
+    x = jax.ShapeDtypeStruct((1, 256, 4, 128), jnp.float32)
+    if kernel == "flash":
+        found = tpu.facts(tpu.compiled(lambda q, k: flash_attention(q, k, k, window=64, sinks=2), (x, x), "v5e"))
+    else:
+        model = (FLASH | ip.cache_kv())(ip.models.llama(layers=2, dim=256, heads=2, kv_heads=1, head_dim=128))
+        params = jax.eval_shape(model.init, jax.random.key(0))
+        state = jax.eval_shape(lambda: model.init_state(1, 256))
+        tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+        found = tpu.facts(tpu.compiled(model.hidden, (params, tokens, state), "v5e", donate=2))
+    assert found["kernels"] >= 1
+
+
+@compiles
 def test_the_kernels_memory_is_linear_and_the_unfused_forms_quadratic() -> None:
     length = 8192
     found = tpu.versus(length, "v5e")
@@ -83,6 +110,9 @@ def test_the_kernels_memory_is_linear_and_the_unfused_forms_quadratic() -> None:
     assert found["kernel_temp_bytes"] <= 2 * inputs_and_output
     assert found["unfused_temp_bytes"] >= 4 * length**2 * 4  # one float32 score a head and pair
     assert found["unfused_bytes_over_kernel"] > 10
+    table = json.loads(TABLE.read_text("utf-8"))["flash_against_unfused"][0]  # v5p's: the same traffic
+    assert table["length"] == length and table["kernel_bytes"] == found["kernel_bytes"]
+    assert table["unfused_bytes_over_kernel"] == pytest.approx(found["unfused_bytes_over_kernel"], rel=0.3)
 
 
 @compiles
@@ -150,7 +180,7 @@ def test_blocks_out_of_sight_are_not_fetched() -> None:
 
 def test_the_committed_table_holds_every_case_and_all_of_them_fit() -> None:
     """docs/tpu.json is what `infopt bench tpu --out docs/tpu.json` wrote last."""
-    found = json.loads((Path(__file__).parents[1] / "docs" / "tpu.json").read_text("utf-8"))
+    found = json.loads(TABLE.read_text("utf-8"))
     for part, cases in (("kernels", tpu.kernels()), ("steps", tpu.steps())):
         rows = {(row["name"], row["generation"]): row for row in found[part]}
         assert set(rows) == {(case.name, generation) for case in cases for generation in case.generations}
@@ -161,7 +191,7 @@ def test_the_committed_table_holds_every_case_and_all_of_them_fit() -> None:
 @compiles
 @pytest.mark.parametrize("name", ["flash, 8k", "decode, 8k, 8 bits", "SmolLM2-135M, bfloat16, decode at 8k"])
 def test_the_committed_table_is_that_of_these_sources(name: str) -> None:
-    table = json.loads((Path(__file__).parents[1] / "docs" / "tpu.json").read_text("utf-8"))
+    table = json.loads(TABLE.read_text("utf-8"))
     for package, version in table["versions"].items():
         if importlib.metadata.version(package) != version:
             pytest.skip(f"docs/tpu.json was written with {package} {version}, whose compilers these are not")

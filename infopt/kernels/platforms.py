@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax.core import ShapedArray
 from jax.extend.core import Primitive
-from jax.interpreters import mlir
+from jax.interpreters import batching, mlir
 
 from infopt.errors import InfoptError, nearest
 
@@ -57,6 +57,16 @@ def _raise(ctx: Any, *_: Any, what: str, platforms: tuple[str, ...], fix: str, *
 
 
 mlir.register_lowering(_refused, _raise)
+
+
+def _batched(args: Any, axes: Any, *, out: Any, **static: Any) -> Any:
+    """Under `jax.vmap` it stands for as many results, wherever the axis is."""
+    (size,) = {x.shape[axis] for x, axis in zip(args, axes, strict=True) if axis is not None}
+    wide = tuple(ShapedArray((size, *each.shape), each.dtype) for each in out)
+    return _refused.bind(*args, out=wide, **static), [0] * len(out)
+
+
+batching.primitive_batchers[_refused] = _batched
 
 
 def only_on(platforms: Sequence[str], run: Callable[..., Any], args: tuple[Any, ...], what: str, fix: str) -> Any:

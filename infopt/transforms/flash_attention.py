@@ -40,7 +40,8 @@ class FlashAttention(Transform):
 def flash_attention(implementation: str | None = None) -> FlashAttention:
     """Compute attention block by block: memory grows with the length, not with its square. Exact, to float rounding.
 
-    Differentiable: the backward pass computes each block's scores again. Stacks with every window, codec and layout.
+    Differentiable, through a cache too: the backward pass computes each block's scores again. Stacks with every window,
+    codec and layout; through rounded keys and values no gradient may be asked.
 
     Source: Dao et al. 2022, "FlashAttention: Fast and Memory-Efficient Exact Attention with IO-Awareness".
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import ClassVar, final
 
 from infopt.errors import InfoptError
@@ -88,11 +88,11 @@ def sliding_window(size: int, sinks: int = 0, layers: Sequence[int] | None = Non
             fix="sinks <= size",
         )
     if layers is not None:
-        if isinstance(layers, int | str):
+        if not isinstance(layers, Iterable) or isinstance(layers, str):
             raise InfoptError(
                 f"sliding_window(layers={layers!r}) is not a list of layers.",
                 why="several layers may be named.",
-                fix=f"layers=[{layers}]",
+                fix="a list of whole numbers, as layers=[0, 2]",
             )
         layers = tuple(sorted({whole("layers", i, 0) for i in layers}))
         if not layers:

@@ -80,12 +80,50 @@ def test_what_lies_beyond_the_slots_in_use_is_not_read(codec):
     assert np.isfinite(found).all()
 
 
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_a_page_that_is_not_there_reads_as_zeros_and_as_no_other_rows(name, codec):
+    (q, keys, values, layer), how = Shape("", page=16, lengths=(64, 40), codec=codec, width=32).arguments()
+    how["table"] = how["table"].at[1, 1].set(-1)
+    found = decode_attention(q, keys, values, layer, **how, implementation=name, **RUNS[name])
+    cache = [kv.decode(kv.read(x, layer, how["layout"], how["table"]), 2, jnp.float32) for x in (keys, values)]
+    k, v = (np.repeat(x.at[1, 16:32].set(0)[1, :40], 2, 1) for x in cache)  # [S, H, D]
+    scores = np.einsum("hd,shd->hs", q[1, 0], k) * 32**-0.5
+    weight = np.exp(scores - scores.max(-1, keepdims=True))
+    want = np.einsum("hs,shd->hd", weight / weight.sum(-1, keepdims=True), v)
+    np.testing.assert_allclose(found[1, 0], want, atol=2e-5)
+
+
+def test_gradients_go_through_a_cache_with_every_implementation():
+    """A kernel has no derivative of its own: it is XLA's, of the same call."""
+    (q, keys, values, layer), how = Shape("", lengths=(40, 7), queries=3, window=9, sinks=2, width=32).arguments()
+
+    def gradients(name):
+        def loss(q, keys, values):
+            out = decode_attention(q, keys, values, layer, **how, implementation=name, **RUNS.get(name, {}))
+            return jnp.sum(out * jnp.sin(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape))
+
+        return jax.grad(loss, argnums=(0, 1, 2))(q, keys, values)
+
+    want = gradients("xla")
+    assert all(jnp.any(x != 0) for x in want)
+    for name in (None, *IMPLEMENTATIONS):
+        for one, other in zip(gradients(name), want, strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-5)
+
+
 LINEAR = Shape("").arguments()
 WRONG = {
     "heads": (dict(heads=3), "do not divide"),
     "table": (dict(table=jnp.zeros((1, 4), jnp.int32)), "table"),
     "no_table": (dict(layout=Layout(64, page=16)), "no table"),
     "name": (dict(implementation="xl"), "'xla'"),
+    "no_heads": (dict(heads=0), "do not divide"),
+    "lengths": (dict(lengths=jnp.ones(3, jnp.int32)), "lengths have shape"),
+    "positions": (dict(positions=jnp.ones((1, 2), jnp.int32)), "positions have shape"),
+    "sink_logits": (dict(sink_logits=jnp.ones(3)), "sink_logits have shape"),
+    "softcap": (dict(softcap=0.0), "softcap=0.0"),
+    "interpret": (dict(interpret=True), "names no kernel"),
 }
 
 
@@ -114,16 +152,20 @@ def test_what_the_tpu_kernel_cannot_serve_is_refused(shape, said, monkeypatch):
     args, how = shape.arguments()
     with pytest.raises(ip.InfoptError, match=said) as e:
         decode_attention(*args, **how, implementation="pallas_tpu")
-    assert "xla" in e.value.fix
+    assert "blockwise" in e.value.fix
 
 
-def test_a_kernel_for_other_hardware_is_refused_and_never_replaced():
+@pytest.mark.parametrize("name", ["pallas_tpu", "pallas_gpu"])
+def test_a_kernel_for_other_hardware_is_refused_and_never_replaced(name):
     args, how = Shape("", width=128, slots=256).arguments()
     with pytest.raises(ip.InfoptError, match="cpu") as e:
-        jax.jit(lambda *args: decode_attention(*args, **how, implementation="pallas_tpu"))(*args)
-    assert "xla" in e.value.fix
+        jax.jit(lambda *args: decode_attention(*args, **how, implementation=name))(*args)
+    assert "blockwise" in e.value.fix
     with pytest.raises(ip.InfoptError, match="cpu"):
-        decode_attention(*args, **how, implementation="pallas_tpu")  # nor outside of jit
+        decode_attention(*args, **how, implementation=name)  # nor outside of jit
+    q, *rest = args
+    with pytest.raises(ip.InfoptError, match="cpu"):
+        jax.jit(jax.vmap(lambda q: decode_attention(q, *rest, **how, implementation=name)))(jnp.stack([q, q]))
 
 
 def test_a_ring_and_a_linear_cache_of_the_same_text_agree():

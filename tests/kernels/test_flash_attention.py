@@ -252,6 +252,8 @@ WRONG = {
     "sink_queries_without_sinks": (dict(window=3, sink_queries=Q), "sink_queries"),
     "nothing_to_interpret": (dict(interpret=True), "names no kernel"),
     "name": (dict(implementation="blockwis"), "did you mean 'blockwise'"),
+    "softcap": (dict(softcap=0.0), "softcap=0.0"),
+    "half a window": (dict(window=2.5), "window=2.5"),
     "both": (dict(positions=(AT, jnp.zeros((2, 5), jnp.int32)), lengths=AT[:, 0]), "one of the two"),
 }  # fmt: skip
 

@@ -28,7 +28,10 @@ def test_it_edits_attention_only_and_is_exact() -> None:
         assert BARE.spec.replace(attention=name or ops.FLASH).attention in ops.CACHED
 
 
-@pytest.mark.parametrize("stack", ["", "sliding_window(7, sinks=2)", "gqa(1)"])
+@pytest.mark.parametrize(
+    "stack",
+    ["", "sliding_window(7, sinks=2)", "gqa(1)", "cache_kv()", "sliding_window(7, sinks=2) | cache_kv() | paged(4)"],
+)
 @pytest.mark.parametrize("name", [None, "blockwise"])
 def test_logits_and_gradients_are_those_of_the_plain_form(stack: str, name: str | None) -> None:
     plain = ip.parse_stack(stack)(BARE)
@@ -50,6 +53,15 @@ def test_a_window_as_long_as_the_text_is_no_window() -> None:
         want, _ = flash(BARE).apply(PARAMS, TOKENS)
         got, _ = (ip.sliding_window(40) | flash)(BARE).apply(PARAMS, TOKENS)
         np.testing.assert_array_equal(got, want)
+
+
+def test_a_window_as_long_as_a_linear_cache_is_no_window() -> None:
+    """To the bit; a ring, which is shorter, and blocks that set sinks apart sum in another order."""
+    for codec in (ip.cache_kv(), ip.cache_kv(bits=8)):
+        want, _ = codec(BARE).apply(PARAMS, TOKENS)
+        window = (ip.sliding_window(BARE.spec.config.context) | codec)(BARE)
+        assert not window.init_state(1, TOKENS.shape[1]).layouts[0].lookahead
+        np.testing.assert_array_equal(window.apply(PARAMS, TOKENS)[0], want)
 
 
 def temporaries(model: ip.Model, length: int) -> int:
@@ -74,6 +86,11 @@ def test_a_kernel_for_other_hardware_is_an_error_and_never_another_kernel(name: 
     with pytest.raises(InfoptError, match="cpu") as e:
         jax.jit(model.apply)(model.init(jax.random.key(0)), jnp.ones((1, 256), jnp.int32))
     assert "blockwise" in e.value.fix
+    cached = ip.cache_kv()(model)
+    with pytest.raises(InfoptError, match="cpu") as e:
+        cached.apply(model.init(jax.random.key(0)), jnp.ones((1, 256), jnp.int32))
+    ip.flash_attention("blockwise")  # what the fix names is a name
+    assert "'blockwise'" in e.value.fix
 
 
 def test_twice_is_refused() -> None:

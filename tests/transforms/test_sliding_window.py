@@ -96,6 +96,8 @@ def test_sinks_wider_than_a_layers_own_window_are_refused() -> None:
         ({"size": 4, "sinks": 5}, "more sinks than it sees"),
         ({"size": 4, "layers": []}, "names no layer"),
         ({"size": 4, "layers": [-1]}, "layers=-1"),
+        ({"size": 4, "layers": 1.5}, "layers=1.5"),
+        ({"size": 4, "layers": "02"}, "layers='02'"),
         ({"size": 4, "layers": [0.5]}, "layers=0.5"),
         ({"size": 4, "layers": 1}, "layers"),
     ],

@@ -78,14 +78,35 @@ def decode_attention(
       `[B, T, H, D]` in the dtype of q; with `return_lse` a pair.
 
     Raises:
-      InfoptError: a table without pages or pages without a table, heads that do not divide, an implementation that is
-        not there, or that cannot serve this platform or call (it names one that can).
+      InfoptError: shapes that do not fit, a table without pages or pages without a table, heads that do not divide, an
+        implementation that is not there, or that cannot serve this platform or call (it names one that can).
     """
-    if q.shape[2] % heads:
+    if heads < 1 or q.shape[2] % heads:
         raise InfoptError(
             f"decode_attention: {heads} key/value heads do not divide {q.shape[2]} query heads.",
             why="each serves an equal share of them.",
             fix="a number of key/value heads that divides",
+        )
+    batch, new, all_heads, _ = q.shape
+    for what, x, want in (
+        ("positions", positions, (batch, new)),
+        ("lengths", lengths, (batch,)),
+        ("sink_queries", sink_queries, q.shape),
+        ("sink_logits", sink_logits, (all_heads,)),
+    ):
+        if x is not None and x.shape != want:
+            raise InfoptError(
+                f"decode_attention: {what} have shape {tuple(x.shape)}.", why="one for each.", fix=f"{tuple(want)}"
+            )
+    if interpret and implementation is None:
+        raise InfoptError(
+            "decode_attention(interpret=True) names no kernel.",
+            why="what suits this platform is no kernel of Pallas.",
+            fix="implementation='pallas_tpu' or 'pallas_gpu'",
+        )
+    if softcap is not None and not softcap > 0:
+        raise InfoptError(
+            f"decode_attention(softcap={softcap}).", why="scores are divided by it.", fix="softcap > 0, or None"
         )
     if (table is None) != (layout.page is None):
         raise InfoptError(
@@ -103,17 +124,33 @@ def decode_attention(
     )
     sink_q = None if not o.sinks else q if sink_queries is None else sink_queries
     call = Call(q, sink_q, keys, values, layer, positions, lengths, table, layout, o, heads)
-    out, lse = _run(call, implementation, interpret)
+    if implementation is not None:
+        what = f"queries {tuple(call.q.shape)} of {call.layout}"
+        check_served(IMPLEMENTATIONS, implementation, "decode attention", (call,), what, "blockwise")
+    if implementation in ("xla", "blockwise"):  # which JAX differentiates by itself
+        out, lse = IMPLEMENTATIONS[implementation].forward(call)
+    else:
+        out, lse = _core(call, implementation, interpret)
     if sink_logits is not None:
         out = with_sink_logits(out, lse, sink_logits)
     return (out, lse) if return_lse else out
 
 
-def _run(call: Call, name: str | None, interpret: bool) -> tuple[Array, Array]:
-    if name is None:
-        if pallas_tpu.refuses(call):
-            return xla.forward(call)
-        return jax.lax.platform_dependent(call, tpu=pallas_tpu.forward, default=xla.forward)
-    what = f"queries {tuple(call.q.shape)} of {call.layout}"
-    check_served(IMPLEMENTATIONS, name, "decode attention", (call,), what, "xla")
-    return run(IMPLEMENTATIONS, name, (call,), interpret, "xla")
+def _forward(call: Call, name: str | None, interpret: bool) -> tuple[Array, Array]:
+    if name is not None:
+        return run(IMPLEMENTATIONS, name, (call,), interpret, "blockwise")
+    if pallas_tpu.refuses(call):
+        return xla.forward(call)
+    return jax.lax.platform_dependent(call, tpu=pallas_tpu.forward, default=xla.forward)
+
+
+def _kept(call: Call, name: str | None, interpret: bool) -> tuple[tuple[Array, Array], Call]:
+    return _core(call, name, interpret), call
+
+
+def _of_kept(name: str | None, interpret: bool, call: Call, d: tuple[Array, Array]) -> tuple[Call]:
+    return jax.vjp(xla.forward, call)[1](d)
+
+
+_core: Any = jax.custom_vjp(_forward, nondiff_argnums=(1, 2))
+_core.defvjp(_kept, _of_kept)

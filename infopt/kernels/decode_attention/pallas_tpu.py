@@ -210,7 +210,7 @@ def forward(call: Call, interpret: bool = False, parts: int | None = None) -> tu
         used = jnp.minimum(used, last + 1)
     needed = jnp.maximum(-(-jnp.max(used) // plan.step), 1)
     steps = -(-needed // plan.parts)
-    table = jnp.zeros((plan.batch, 1), jnp.int32) if call.table is None else jnp.maximum(call.table, 0)
+    table = jnp.zeros((plan.batch, 1), jnp.int32) if call.table is None else call.table
     scalars = (
         jnp.asarray(call.layer, jnp.int32).reshape(1),
         call.lengths.astype(jnp.int32),
@@ -313,7 +313,7 @@ def _of_cache(plan: Plan, width: int, index: int) -> pl.BlockSpec:
         return layer[0], b, block(b, p, j, used, steps), 0
 
     def of_pool(b: Any, n: Any, p: Any, j: Any, layer: Any, lengths: Any, used: Any, steps: Any, table: Any) -> Any:
-        page = table[b * plan.layout.pages + block(b, p, j, used, steps)]
+        page = jnp.maximum(table[b * plan.layout.pages + block(b, p, j, used, steps)], 0)
         return layer[0], jax.lax.div(page, plan.fetched // plan.slots), 0
 
     if plan.layout.page is None:
@@ -393,6 +393,20 @@ def _kernel(plan: Plan, o: Any, *refs: Any) -> None:
         total[...] = jnp.zeros(total.shape, jnp.float32)
         acc[...] = jnp.zeros(acc.shape, jnp.float32)
 
+    def page_of(i: int) -> Array:
+        """The page that the step's i-th block is, -1 where there is none."""
+        index = jnp.minimum(jax.lax.div(start + i * plan.slots, plan.slots), plan.layout.pages - 1)
+        return table[b * plan.layout.pages + index]
+
+    def absent(slot: Array) -> Array:
+        """Whether a slot's page is not there: its keys and values read as zeros, and as no other row's."""
+        found = jnp.zeros(slot.shape, bool)
+        for i in range(plan.refs):
+            first = start + i * plan.slots
+            inside = (slot >= first) & (slot < first + plan.slots)
+            found |= inside & jnp.full(slot.shape, page_of(i) < 0)
+        return found
+
     def slots(shape: tuple[int, int], axis: int) -> Array:
         """The slot that each row of the step's keys is; one beyond all where it belongs to another page."""
         row = jax.lax.broadcasted_iota(jnp.int32, shape, axis)
@@ -401,8 +415,7 @@ def _kernel(plan: Plan, o: Any, *refs: Any) -> None:
         found = jnp.full(shape, plan.layout.slots, jnp.int32)
         for i in range(plan.refs):
             first = start + i * plan.slots
-            index = jnp.minimum(jax.lax.div(first, plan.slots), plan.layout.pages - 1)
-            before = jax.lax.rem(table[b * plan.layout.pages + index], plan.fetched // plan.slots) * plan.slots
+            before = jax.lax.rem(jnp.maximum(page_of(i), 0), plan.fetched // plan.slots) * plan.slots
             within = row - (i * plan.fetched + before)
             found = jnp.where((within >= 0) & (within < plan.slots), first + within, found)
         return found
@@ -411,7 +424,11 @@ def _kernel(plan: Plan, o: Any, *refs: Any) -> None:
         slot = slots((1, plan.matrix), 1)
         position = _positions(plan.layout, lengths[b], slot)
         position = jnp.where(slot < used[b], position, -1)
-        in_use = slots((plan.matrix, 1), 0) < used[b]
+        in_use, missing = slots((plan.matrix, 1), 0), None
+        if plan.layout.page is not None:
+            missing = absent(slot)
+            in_use = jnp.where(absent(in_use), plan.layout.slots, in_use)
+        in_use = in_use < used[b]
         allowed = seen(at[0, 0], position, o.window, o.sinks)  # [rows, slots]
         numbers = [[_half(x[0]) for x in side] for side in (of_keys, of_values)]
         for bundle in range(plan.bundles):
@@ -422,6 +439,8 @@ def _kernel(plan: Plan, o: Any, *refs: Any) -> None:
                 assert sink_q is not None
                 other = _sum(product(sink_q[0, 0, bundle, i], plane, 1) for i, plane in enumerate(k))
                 s = jnp.where(jnp.broadcast_to(position < o.sinks, s.shape), other, s)
+            if missing is not None:
+                s = jnp.where(jnp.broadcast_to(missing, s.shape), 0.0, s)
             s = jnp.where(allowed, capped(s * o.scale, o.softcap), 2 * NEVER)
             before = most[bundle]
             high = jnp.maximum(before, jnp.max(s, -1, keepdims=True))

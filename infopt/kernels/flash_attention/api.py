@@ -91,7 +91,7 @@ def flash_attention(
     (1, 3, 4, 8)
     """
     _check_shapes(q, k, v, sink_queries, segments, positions, lengths, offsets, sink_logits)
-    if (window is not None and (window < 1 or sinks > window)) or sinks < 0:
+    if (window is not None and (window != int(window) or window < 1 or sinks > window)) or sinks < 0:
         raise InfoptError(
             f"flash_attention(window={window}, sinks={sinks})",
             why="a query sees at least itself, and a window holds its sinks.",
@@ -102,6 +102,10 @@ def flash_attention(
             f"flash_attention(sinks={sinks}, window={window})" + ", sink_queries" * (sink_queries is not None),
             why="sinks are what a query sees beside its window, and their queries look at nothing else.",
             fix="a window, or neither sinks nor sink_queries",
+        )
+    if softcap is not None and not softcap > 0:
+        raise InfoptError(
+            f"flash_attention(softcap={softcap}).", why="scores are divided by it.", fix="softcap > 0, or None"
         )
     if interpret and implementation is None:
         raise InfoptError(
@@ -194,18 +198,16 @@ def _forward(
     return jax.lax.platform_dependent(*args, tpu=functools.partial(pallas_tpu.forward, o=o), default=default)
 
 
-def _core_forward(
+def _kept(
     q: Array, sink_q: Any, k: Array, v: Array, places: Places, o: Options, name: str | None, interpret: bool
 ) -> Any:
     out, lse = _core(q, sink_q, k, v, places, o, name, interpret)
     return (out, lse), (q, sink_q, k, v, places, out, lse)
 
 
-def _core_backward(o: Options, name: str | None, interpret: bool, kept: Any, d: tuple[Array, Array]) -> Any:
-    q, sink_q, k, v, places, out, lse = kept
-    found = blockwise.backward(q, sink_q, k, v, places, o, out, lse, *d)
-    return (*found, None)
+def _of_kept(o: Options, name: str | None, interpret: bool, kept: Any, d: tuple[Array, Array]) -> Any:
+    return blockwise.of_kept(o, kept, d)
 
 
 _core: Any = jax.custom_vjp(_forward, nondiff_argnums=(5, 6, 7))
-_core.defvjp(_core_forward, _core_backward)
+_core.defvjp(_kept, _of_kept)

@@ -32,7 +32,7 @@ QUERIES, KEYS = 128, 512
 """Rows and columns of a block of scores: on a CPU, one that stays in the cache of a core."""
 
 
-def forward(q: Array, sink_q: Any, k: Array, v: Array, places: Places, o: Options) -> tuple[Array, Array]:
+def _forward(q: Array, sink_q: Any, k: Array, v: Array, places: Places, o: Options) -> tuple[Array, Array]:
     """The output `[B, T, H, D]` and the log-sum-exp of scores `[B, T, H]`."""
     b = _Blocks.of(q, sink_q, k, v, places, o)
 
@@ -110,6 +110,21 @@ def backward(
     elif sink_q is not None:
         d_sinks = 0 * sink_q if b.sunk is None else b.whole(d_sink_q).astype(q.dtype)
     return b.whole(dq).astype(q.dtype), d_sinks, dk.astype(k.dtype), dv.astype(v.dtype)
+
+
+def _kept(q: Array, sink_q: Any, k: Array, v: Array, places: Places, o: Options) -> Any:
+    out, lse = forward(q, sink_q, k, v, places, o)
+    return (out, lse), (q, sink_q, k, v, places, out, lse)
+
+
+def of_kept(o: Options, kept: Any, d: tuple[Array, Array]) -> Any:
+    """The gradients, from what a forward pass was given and gave."""
+    q, sink_q, k, v, places, out, lse = kept
+    return (*backward(q, sink_q, k, v, places, o, out, lse, *d), None)
+
+
+forward: Any = jax.custom_vjp(_forward, nondiff_argnums=(5,))
+forward.defvjp(_kept, of_kept)
 
 
 def _scores(q: Array, k: Array, allowed: Array, o: Options) -> tuple[Array, Array]:
