@@ -260,6 +260,10 @@ class Weights(Mapping[str, Any]):
         changed = {n: _Entry(lambda n=n, e=self._entries[n]: change(n, e.get())) for n in names}
         return Weights(self._entries | changed)
 
+    def made(self, names: Iterable[str], make: Callable[[str], Any]) -> Weights:
+        """The same, with `make(name)` in place of each weight of `names`, once it is read."""
+        return Weights(self._entries | {n: _Entry(lambda n=n: make(n)) for n in names})
+
     @staticmethod
     def named(names: Iterable[str]) -> Weights:
         """Weights that cannot be read: what a transform does to them tells which ones it changes."""

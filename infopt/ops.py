@@ -52,6 +52,38 @@ def _product(x: Array, w: Array, in_place: bool) -> Array:
     return jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())))
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["weight", "gram"], meta_fields=["routed"])
+@dataclasses.dataclass(frozen=True)
+class Tapped:
+    """A weight that tells what goes in: of a sum over what `linear` gives, the gradient for `gram` is sum(x x^T).
+
+    So statistics of inputs leave any program that calls `linear`, through scans too, as gradients do. `gram` is zeros
+    `[I, I]`, one an expert where the weight is; of an expert only the tokens count whose result is used (`routed`).
+    """
+
+    weight: Any
+    gram: Any
+    routed: bool = False
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _tap(routed: bool, x: Array, y: Array, gram: Array) -> Array:
+    return y
+
+
+def _tap_forward(routed: bool, x: Array, y: Array, gram: Array) -> tuple[Array, Array]:
+    return y, x
+
+
+def _tap_backward(routed: bool, x: Array, dy: Array) -> tuple[Array, Array, Array]:
+    seen = jnp.where(jnp.any(dy != 0, -1, keepdims=True), x, jnp.zeros_like(x)) if routed else x
+    seen = seen.astype(jnp.float32)
+    return jnp.zeros_like(x), dy, jnp.matmul(seen.T, seen, precision=jax.lax.Precision.HIGHEST)
+
+
+_tap.defvjp(_tap_forward, _tap_backward)
+
+
 def linear(x: Float[Array, "*B I"], weights: Any, layer: Any = None, bias: Any = None) -> Any:
     """x @ w.T, for a weight `[O, I]` dense or packed, or for a tuple of weights that share their input.
 
@@ -69,6 +101,9 @@ def linear(x: Float[Array, "*B I"], weights: Any, layer: Any = None, bias: Any =
         return tuple(linear(x, w, layer, b) for w, b in zip(weights, biases, strict=True))
     w = _at(weights, layer)
     rows = x.reshape(-1, x.shape[-1])
+    if isinstance(w, Tapped):
+        y: Any = _tap(w.routed, rows, linear(rows, w.weight, None, None if bias is None else _at(bias, layer)), w.gram)
+        return y.reshape(*x.shape[:-1], -1)
     if is_qtensor(w):
         w = no_gradient(w)
         parts = list(zip(split_planes(rows, w), planes(w), strict=True))
@@ -220,6 +255,7 @@ class Context:
       layout: of the layer's cache; None where there is no cache.
       table: `[B, pages]`, where the layout is paged.
       attention: which implementation computes it: a key of `CACHED`.
+      straight: whether gradients go through the codec as if nothing were rounded, where there is no cache.
     """
 
     positions: Any
@@ -230,6 +266,7 @@ class Context:
     layout: kv.Layout | None = None
     table: Any = None
     attention: str = "reference"
+    straight: bool = False
 
 
 def attend(
@@ -280,12 +317,20 @@ def attend(
     how["sink_logits"] = sink_logits
     form = None if c.codec is None else c.codec.format
     if c.layout is None:
-        return _recomputed(q, round_trip(k, form), round_trip(v, form), window, c, how), cache
+        k, v = _rounded(c, lambda *x: tuple(round_trip(each, form) for each in x), k, v)
+        return _recomputed(q, k, v, window, c, how), cache
     keys, values = (
         kv.write(old, kv.encode(new, form), layer, c.layout, c.table, c.positions, c.keep)
         for old, new in zip(cache, (k, v), strict=True)
     )
     return _cached(q, keys, values, layer, c.layout, k.shape[2], c, how), (keys, values)
+
+
+def _rounded(c: Context, rounds: Callable[..., Any], *x: Array) -> Any:
+    if not c.straight:
+        return rounds(*x)
+    still = [jax.lax.stop_gradient(each) for each in x]
+    return tuple(each + (new - old) for each, old, new in zip(x, still, rounds(*still), strict=True))
 
 
 def _recomputed(q: Array, k: Array, v: Array, window: Window | None, c: Context, how: dict[str, Any]) -> Any:
@@ -329,7 +374,7 @@ def _attend_late(
     for share in (Late(codec.split, codec.tail, rounded=True), Late(codec.split, codec.tail, rounded=False)):
         part = how | dict(late=share, return_lse=True)
         if c.layout is None:
-            keys, values = kv.round_groups(k, v, codec) if share.rounded else (k, v)
+            keys, values = _rounded(c, lambda k, v: kv.round_groups(k, v, codec), k, v) if share.rounded else (k, v)
             found.append(_recomputed(q, keys, values, share.window(c.window), c, part))
         else:
             keys, values = cache[:2] if share.rounded else cache[2:]

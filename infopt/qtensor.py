@@ -130,29 +130,66 @@ def quantize_array(x: Array, format: Format, trailing: int = 1, clip: str | None
     if row.kept:
         raise kept_only(format.name)
     format.check_width(width, "the tensor")
-    shape, codes = (*x.shape[-trailing:-1], width), format.padded(width)
-    given = x = _no_gradient(x).astype(jnp.float32)
-    if codes > width:  # by the last value: it widens no range
-        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, codes - width)], mode="edge")
+    shape = *x.shape[-trailing:-1], width
+    x = _no_gradient(x).astype(jnp.float32)
     if row.rule == "none":
-        stored = jnp.clip(x, row.low, row.high).astype(row.code_dtype)
-        error = _relative_error(given, stored.astype(jnp.float32)[..., :width]) if trailing == 2 else None
+        stored = jnp.clip(_filled(x, format), row.low, row.high).astype(row.code_dtype)
+        error = _relative_error(x, stored.astype(jnp.float32)[..., :width]) if trailing == 2 else None
         return QTensor(stored, None, None, format, shape, error=error)
-    group = format.group_of(width)
-    outer = None
+    groups, outer = in_groups(x, format, trailing)
+    grid = grid_of(groups, format, outer, clip)
+    return on_grid(codes_of(groups, grid, format), grid, format, x, trailing)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["stored", "scale", "low", "zero", "outer"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """The values that codes can stand for, a group at a time.
+
+    Args:
+      stored: what is kept beside the codes, `[..., groups]` each: scales, minima, zero points.
+      scale: what codes are computed by, float32 `[..., groups]`; llama.cpp's formats use it before it is rounded.
+      low, zero: what is taken off before, and added afterwards; None where there is none.
+      outer: what stored scales are relative to, or None.
+    """
+
+    stored: dict[str, Array]
+    scale: Array
+    low: Any = None
+    zero: Any = None
+    outer: Any = None
+
+
+def _filled(x: Array, format: Format) -> Array:
+    """`x` up to whole groups if the format is padded: by its last value, which widens no range."""
+    more = format.padded(x.shape[-1]) - x.shape[-1]
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, more)], mode="edge") if more else x
+
+
+def in_groups(x: Array, format: Format, trailing: int = 1) -> tuple[Array, Any]:
+    """`x` `[..., width]` in float32 as `[..., groups, group]`, padded if the format says so; and its outer scale."""
+    row, group = format.row, format.group_of(x.shape[-1])
+    x, outer = _filled(x.astype(jnp.float32), format), None
     if row.tensor:
         most = jnp.max(jnp.abs(x), tuple(range(-trailing, 0)), keepdims=True)
         outer = _flushed(most * np.float32(1 / (row.high * float(jnp.finfo(format.scale).max))))
-    x = x.reshape(*x.shape[:-1], codes // group, group)
-    if not row.ggml:
-        x = _flushed(x)
-    shrink = None if clip is None else _least_error(x, format, outer)
-    parts, levels = _rounded(x, format, outer, shrink)
-    packed, error = pack(levels, row.bits), None
+    x = x.reshape(*x.shape[:-1], -1, group)
+    return x if row.ggml else _flushed(x), outer
+
+
+def on_grid(codes: Array, grid: Grid, format: Format, x: Array, trailing: int = 1) -> QTensor:
+    """The QTensor of codes `[..., groups, group]`, which stand for `x` `[..., width]`."""
+    width, error = x.shape[-1], None
     if trailing == 2:
-        values = _values(levels, row, parts, outer)
-        error = _relative_error(given, values.reshape(*values.shape[:-2], -1)[..., :width])
-    return QTensor(packed, parts["scale"], parts.get("minimum"), format, shape, parts.get("zero"), outer, error=error)
+        values = values_of(codes, grid, format)
+        error = _relative_error(x, values.reshape(*values.shape[:-2], -1)[..., :width])
+    kept, shape = grid.stored, (*x.shape[-trailing:-1], width)
+    return QTensor(
+        pack(codes, format.row.bits), kept["scale"], kept.get("minimum"), format, shape, kept.get("zero"), grid.outer,
+        error=error,
+    )  # fmt: skip
 
 
 def _relative_error(x: Array, stored: Array) -> Array:
@@ -194,8 +231,12 @@ def _flushed(x: Array) -> Array:
     return jnp.where(jnp.abs(x) < _LEAST, jnp.zeros_like(x), x)
 
 
-def _rounded(x: Array, format: Format, outer: Any, shrink: Any) -> tuple[dict[str, Array], Array]:
-    """What is stored beside the codes, `[..., groups]`, and the codes, one a value, `[..., groups, group]`."""
+def grid_of(x: Array, format: Format, outer: Any = None, clip: str | None = None) -> Grid:
+    """The grid that the format's rule lays over groups `[..., groups, group]`; `clip` as for `quantize_array`."""
+    return _grid(x, format, outer, None if clip is None else _least_error(x, format, outer))
+
+
+def _grid(x: Array, format: Format, outer: Any, shrink: Any) -> Grid:
     row, parts = format.row, dict[str, Array]()
     most = float(jnp.finfo(format.scale).max)  # an infinite scale would turn codes of 0 into NaN
 
@@ -224,21 +265,32 @@ def _rounded(x: Array, format: Format, outer: Any, shrink: Any) -> tuple[dict[st
         scale = scale / jnp.broadcast_to(jnp.where(outer == 0, 1, outer), scale.shape)
     parts["scale"] = stored(scale if row.ggml else _flushed(scale))
     used = scale if row.ggml else _times(parts["scale"], outer)
-    inverse = jnp.where(used == 0, 0.0, 1 / jnp.where(used == 0, 1, used))[..., None]
     if row.rule == "zero":
         assert low is not None
-        zero = jnp.clip(jnp.round(-low * inverse[..., 0]), row.low, row.high)
+        zero = jnp.clip(jnp.round(-low * _inverse(used)), row.low, row.high)
         parts["zero"] = zero.astype(jnp.uint8)
-        return parts, jnp.clip(jnp.round(x * inverse) + zero[..., None], row.low, row.high).astype(row.code_dtype)
-    if low is not None:
-        x = x - low[..., None]
+        return Grid(parts, used, None, zero, outer)
+    return Grid(parts, used, low, None, outer)
+
+
+def _inverse(scale: Array) -> Array:
+    return jnp.where(scale == 0, 0.0, 1 / jnp.where(scale == 0, 1, scale))
+
+
+def codes_of(x: Array, grid: Grid, format: Format) -> Array:
+    """The code of the nearest value of the grid, for each of `x` `[..., groups, group]`."""
+    row, inverse = format.row, _inverse(grid.scale)[..., None]
+    if grid.zero is not None:
+        return jnp.clip(jnp.round(x * inverse) + grid.zero[..., None], row.low, row.high).astype(row.code_dtype)
+    if grid.low is not None:
+        x = x - grid.low[..., None]
     y = x * inverse
     if row.ggml:
-        return parts, _as_ggml(y, row)
+        return _as_ggml(y, row)
     if row.levels is not None:
-        return parts, _nearest(y, row.levels)
+        return _nearest(y, row.levels)
     y = jnp.clip(y if row.dtype else jnp.round(y), row.low, row.high)
-    return parts, (y + row.zero if row.zero else y).astype(row.code_dtype)
+    return (y + row.zero if row.zero else y).astype(row.code_dtype)
 
 
 def _over(x: Array, by: int | float, exactly: bool) -> Array:
@@ -284,8 +336,8 @@ def _least_error(x: Array, format: Format, outer: Any) -> Array:
     """For each group, `[..., groups]`, the share of its range whose codes have the least squared error."""
 
     def attempt(best: tuple[Array, Array], share: Array) -> tuple[tuple[Array, Array], None]:
-        parts, codes = _rounded(x, format, outer, share)
-        error = jnp.sum((_values(codes, format.row, parts, outer) - x) ** 2, -1)
+        grid = _grid(x, format, outer, share)
+        error = jnp.sum((values_of(codes_of(x, grid, format), grid, format) - x) ** 2, -1)
         better = error < best[0]
         return (jnp.where(better, error, best[0]), jnp.where(better, share, best[1])), None
 
@@ -295,13 +347,14 @@ def _least_error(x: Array, format: Format, outer: Any) -> Array:
     return share
 
 
-def _values(codes: Array, row: Row, parts: dict[str, Array], outer: Any) -> Array:
-    scale = _times(parts["scale"], outer)[..., None]
-    level = _levels(codes, row)
-    if "zero" in parts:
-        level = level - parts["zero"].astype(jnp.float32)[..., None]
+def values_of(codes: Array, grid: Grid, format: Format) -> Array:
+    """What codes `[..., groups, group]` stand for, as they are read back."""
+    scale, kept = _times(grid.stored["scale"], grid.outer)[..., None], grid.stored
+    level = _levels(codes, format.row)
+    if "zero" in kept:
+        level = level - kept["zero"].astype(jnp.float32)[..., None]
     value = level * scale
-    return value + parts["minimum"].astype(jnp.float32)[..., None] if "minimum" in parts else value
+    return value + kept["minimum"].astype(jnp.float32)[..., None] if "minimum" in kept else value
 
 
 def _levels(codes: Array, row: Row) -> Array:

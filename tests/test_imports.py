@@ -27,6 +27,7 @@ ROOMS: list[tuple[str, ...]] = [
     ("ops",),
     ("model",),
     ("models",),
+    ("methods",),
     ("nnx",),
     ("transforms",),
     ("reference",),

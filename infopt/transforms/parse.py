@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from infopt.errors import StackSyntaxError, nearest
+from infopt.methods import METHODS
 from infopt.model import Model
 from infopt.transforms.base import Transform, compose
 from infopt.transforms.cache_kv import cache_kv
@@ -22,7 +23,7 @@ from infopt.transforms.speculative import self_draft, speculative
 FACTORIES: dict[str, Callable[..., Any]] = {
     f.__name__: f
     for f in (quantize, dequantize, cache_kv, flash_attention, gqa, sliding_window, paged, speculative, self_draft)
-}
+} | METHODS
 """What a stack's text may name. A transform joins by one line here."""
 
 DEFAULT = "cache_kv()"

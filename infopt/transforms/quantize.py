@@ -1,9 +1,10 @@
-"""quantize: store weights in few bits, rounded to nearest."""
+"""quantize: store weights in few bits, rounded to nearest or by a method."""
 
 from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import functools
 import operator
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 
 from infopt.errors import InfoptError, ParamsError, nearest
 from infopt.formats import FORMATS
+from infopt.methods import METHODS, Method
 from infopt.model import Model, Weights, is_matrix, shapes
 from infopt.qtensor import Format, kept_only, quantize_array
 from infopt.spec import Spec
@@ -47,6 +49,7 @@ class Quantize(Transform):
     format: str | None = None
     clip: str | None = None
     pad: bool = False
+    method: Method | None = None
 
     @property
     def exact(self) -> bool:
@@ -126,16 +129,32 @@ class Quantize(Transform):
     def params(self, weights: Weights, before: Model, after: Spec, **extra: Any) -> Weights:
         formats = self.formats(before.spec)
 
-        def pack(name: str, w: Any) -> Any:
+        @functools.cache
+        def rounded() -> Mapping[str, Any]:  # all at once, when the first of them is read
+            assert self.method is not None
+            return self.method.round(before, weights.map(formats, checked), formats, self.clip)
+
+        def checked(name: str, w: Any) -> Any:
+            if is_traced(w) and self.method is not None:
+                raise ParamsError(
+                    f"{self!r} was asked to convert weights that have no value yet.",
+                    why="it reads texts with them, a layer at a time.",
+                    fix="model.convert(params) outside of jax.jit and jax.eval_shape",
+                )
             if not is_traced(w) and not bool(jnp.isfinite(w).all()):
                 raise ParamsError(
                     f"{name} holds NaN or infinite weights.",
                     why="they would spoil their whole group.",
                     fix="look where they came from; jnp.nan_to_num if they are meant to be finite",
                 )
-            return _pack(w, formats[name], self.clip)
+            return w
 
-        return weights.map(formats, pack)
+        if self.method is not None:
+            return weights.made(formats, lambda name: rounded()[name])
+        return weights.map(formats, lambda name, w: _pack(checked(name, w), formats[name], self.clip))
+
+    def digest(self) -> str:
+        return "" if self.method is None else self.method.digest()
 
     def __repr__(self) -> str:
         given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -171,8 +190,9 @@ def quantize(
     format: str | None = None,
     clip: str | None = None,
     pad: bool = False,
+    method: Method | str | None = None,
 ) -> Quantize:
-    """Store weights in few bits, rounded to the nearest level. Not exact.
+    """Store weights in few bits, rounded to the nearest level or by a method. Not exact.
 
     8 bits: symmetric, a scale a row of the matrix (or a group of its inputs); 1 byte a weight and the scales.
     4 bits: packed two to a byte, symmetric in groups of `group` inputs (32 by default), scale = extreme value / -8,
@@ -189,6 +209,8 @@ def quantize(
       format: "fp16", "bf16", "fp8_e4m3", "nf4", "mxfp4", ...; in place of bits.
       clip: "mse" shrinks each group's range where that lessens its squared error, down to half (`qtensor.SHRINK`).
       pad: fill rows up to whole groups where the group does not divide; what is filled up takes memory, and is counted.
+      method: what chooses the codes: `ip.gptq(...)`, or "gptq" with its own arguments left as they are. It reads texts
+        with the stack before it, when params are converted. By default each value is rounded to the nearest.
 
     Raises:
       InfoptError: bits, format or group make no format; a pattern matches nothing; the group does not divide.
@@ -224,10 +246,22 @@ def quantize(
         raise InfoptError(f"quantize(clip={clip!r}) is no search.", why="one is known.", fix='clip="mse", or None')
     if not isinstance(pad, bool):
         raise InfoptError(f"quantize(pad={pad!r}) is no truth.", why="rows are padded or not.", fix="pad=True")
-    transform = Quantize(bits, group, _patterns(where), format, clip, pad)
+    transform = Quantize(bits, group, _patterns(where), format, clip, pad, _method(method))
     for rule in transform.rules:
         _check_scale(transform, rule.format)
     return transform
+
+
+def _method(method: Any) -> Method | None:
+    if method is None or isinstance(method, Method):
+        return method
+    if not isinstance(method, str) or method not in METHODS:
+        raise InfoptError(
+            f"quantize(method={method!r}) is no method.",
+            why="a method is a value, or the name of one.",
+            fix=nearest(str(method), list(METHODS)) + " or ip.gptq(...)",
+        )
+    return METHODS[method]()
 
 
 def _bits(bits: Any) -> int:
