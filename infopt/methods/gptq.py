@@ -117,13 +117,9 @@ def solved(
     block = max(n for n in range(1, BLOCK + 1) if width % n == 0)
     flat = groups.reshape(rows, width)[:, at]
 
-    def nearest(x: Array, j: Array) -> Array:  # a column `[O]` on its group's grid
-        of_group = jax.tree.map(lambda leaf: leaf[:, j // group, None] if leaf.ndim == 2 else leaf, _by_group(grid))
-        return codes_of(x[:, None, None], dataclasses.replace(of_group, outer=grid.outer), format)
-
-    def value(code: Array, j: Array) -> Array:
-        of_group = jax.tree.map(lambda leaf: leaf[:, j // group, None] if leaf.ndim == 2 else leaf, _by_group(grid))
-        return values_of(code, dataclasses.replace(of_group, outer=grid.outer), format)[:, 0, 0]
+    def of_column(j: Array) -> Grid:
+        cut = jax.tree.map(lambda leaf: leaf[:, j // group, None], dataclasses.replace(grid, outer=None))
+        return dataclasses.replace(cut, outer=grid.outer)
 
     def columns(b: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         rest, codes = carry
@@ -134,8 +130,9 @@ def solved(
         def column(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             mine, errors, codes = carry
             j, x = at[start + i], mine[:, i]
-            code = nearest(x, j)
-            error = (x - value(code, j)) / u[i, i]
+            own = of_column(j)
+            code = codes_of(x[:, None, None], own, format)
+            error = (x - values_of(code, own, format)[:, 0, 0]) / u[i, i]
             mine = mine - error[:, None] * u[i][None, :]  # u[i, :i] is 0: what is done stays
             return mine, errors.at[:, i].set(error), codes.at[:, j].set(code[:, 0, 0])
 
@@ -153,10 +150,6 @@ def solved(
     better = harm(codes) < harm(plain)
     codes = jnp.where(better[:, None, None], codes, plain)
     return on_grid(codes, grid, format, w.astype(jnp.float32), 2), jnp.isfinite(upper).all()
-
-
-def _by_group(grid: Grid) -> Grid:
-    return dataclasses.replace(grid, outer=None)
 
 
 def _inverse_factor(h: Array) -> Array:
