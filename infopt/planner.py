@@ -178,10 +178,8 @@ def _layers(
             widest = max(max(expected[name]) for name in names)
             slots = layouts[groups.index(seg.windows[phase])].tokens if spec.cache else context
             each = tokens if spec.cache else context  # queries of a row
-            if spec.attention == "blockwise" or (spec.attention == "reference" and not spec.cache):
-                whole = spec.attention == "reference"
-            else:
-                whole = portable.is_plain(each, slots)
+            at_once = spec.attention == "reference" and not spec.cache
+            whole = at_once or (spec.attention != "blockwise" and portable.is_plain(each, slots))
             kept = each * slots if whole else min(each, blockwise.QUERIES) * min(slots, blockwise.KEYS)
             scores = 2 * batch * c.heads * kept * 4
             read = (2 if whole else 4) * batch * slots * c.kv_heads * c.head_dim * own

@@ -47,7 +47,6 @@ def by_layer(spec: Spec, weights: Weights, tokens: np.ndarray, names: set[str], 
             why="its forward pass is one function.",
             fix="quantize without a method; or write its layers with ip.define",
         )
-    where = {f"layers.{i}.": i for i in range(spec.config.layers)}
     outside = {n for n in names if not n.startswith("layers.")}
     if outside - {"head"}:
         raise InfoptError(
@@ -62,7 +61,8 @@ def by_layer(spec: Spec, weights: Weights, tokens: np.ndarray, names: set[str], 
     batches = [slice(at, at + per) for at in range(0, len(tokens), per)]
     xs = [embed(top, jnp.asarray(tokens[each]), places[each]) for each in batches]
     found: dict[str, Any] = {}
-    for prefix, layer in where.items():
+    for layer in range(spec.config.layers):
+        prefix = f"layers.{layer}."
         own = [n for n in shapes(spec) if n.startswith(prefix)]
         p = {n.removeprefix(prefix): jax.tree.map(jnp.asarray, weights[n]) for n in own}
         wanted = tuple(sorted(n.removeprefix(prefix) for n in names.intersection(own)))
@@ -102,15 +102,7 @@ def _programs(spec: Spec, phase: int, window: Any) -> tuple[Callable[..., Array]
             tapped = {n: ops.Tapped(p[n], tap, routed=tap.ndim > 2) for n, tap in taps.items()}
             return jnp.sum(forward(p | tapped, x).astype(jnp.float32))
 
-        widths = {n: (*_lead(p[n]), _width(p[n])) for n in names}
-        return jax.grad(total)({n: jnp.zeros((*w, w[-1]), jnp.float32) for n, w in widths.items()})
+        sizes = {n: (*p[n].shape[:-2], p[n].shape[-1], p[n].shape[-1]) for n in names}
+        return jax.grad(total)({n: jnp.zeros(size, jnp.float32) for n, size in sizes.items()})
 
     return jax.jit(forward), jax.jit(grams, static_argnums=2)
-
-
-def _width(w: Any) -> int:
-    return w.shape[-1]
-
-
-def _lead(w: Any) -> tuple[int, ...]:
-    return tuple(w.shape[:-2])
