@@ -376,13 +376,13 @@ def _prepare_jax(keep: bool = True) -> None:
     with _interrupts_held():
         import jax
 
-        from infopt.io import hub
+        from infopt.folders import cache_folder
 
     logging.getLogger("jax").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation cache")
     if not keep or os.environ.get("INFOPT_COMPILE_CACHE") == "0" or os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return
-    jax.config.update("jax_compilation_cache_dir", str(hub.cache_folder() / "xla"))
+    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 

@@ -25,6 +25,7 @@ import optax
 
 from infopt.errors import InfoptError, PromptError
 from infopt.model import Model, check_length, check_params, is_matrix, trainable
+from infopt.progress import bar
 from infopt.spec import oracle
 from infopt.typing import Array, Params
 
@@ -153,7 +154,7 @@ def fit(
             step = latest
             state, before = kept.restore(latest, (state, losses))
             losses = np.array(before)
-        with _bar(plan.steps, progress) as show:
+        with bar("loss", plan.steps, progress) as show:
             while step < last:
                 state, loss = update(state, held, batch_of(text, plan, step))
                 losses[step] = loss
@@ -164,7 +165,7 @@ def fit(
                         fix=f"a smaller rate than {plan.rate}, or a longer warmup than {plan.warmup}",
                     )
                 step += 1
-                show(step, losses[:step])
+                show(step, f"loss {np.mean(losses[max(step - 50, 0) : step]):.3f}")
                 if kept is not None and (step % every == 0 or step == last):
                     kept.save(step, (state, losses))
     return join(state[0]), losses[:step]
@@ -482,18 +483,3 @@ def _digest(params: Params) -> str:
     for leaf in jax.tree.leaves(params):
         found.update(np.ascontiguousarray(leaf).tobytes())
     return found.hexdigest()
-
-
-@contextmanager
-def _bar(steps: int, wanted: bool) -> Iterator[Any]:
-    """A function of (step, losses so far) that shows both, where standard error is a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not (wanted and console.is_terminal)) as progress:
-        task = progress.add_task("loss", total=steps)
-        yield lambda step, losses: progress.update(
-            task, completed=step, description=f"loss {np.mean(losses[-50:]):.3f}"
-        )

@@ -13,8 +13,8 @@ import infopt
 PACKAGE = Path(infopt.__file__).parent
 
 ROOMS: list[tuple[str, ...]] = [
-    ("errors", "typing", "interrupts"),
-    ("texts",),
+    ("errors", "typing", "interrupts", "progress"),
+    ("texts", "folders"),
     ("devices",),
     ("formats",),
     ("qtensor",),

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO
 
 from infopt.errors import FetchError, nearest
+from infopt.folders import cache_folder
 from infopt.io import disk
 
 CHUNK = 1 << 20
@@ -67,24 +68,6 @@ EMBEDDED = {"tiny": Path(__file__).parents[1] / "data" / "tiny"}
 def known() -> list[str]:
     """The names of infopt's own models."""
     return sorted({*NAMES, *EMBEDDED})
-
-
-def cache_folder() -> Path:
-    """The folder for what infopt keeps: `INFOPT_CACHE`, else `XDG_CACHE_HOME/infopt`, else `~/.cache/infopt`.
-
-    Raises:
-      FetchError: no variable is set and there is no home folder.
-    """
-    try:
-        if own := os.environ.get("INFOPT_CACHE"):
-            return Path(own).expanduser().absolute()
-        if xdg := os.environ.get("XDG_CACHE_HOME"):
-            return Path(xdg).expanduser().absolute() / "infopt"
-        return Path.home() / ".cache" / "infopt"
-    except RuntimeError as error:
-        raise FetchError(
-            "there is no place for the cache folder", why=str(error), fix="set INFOPT_CACHE to a folder"
-        ) from error
 
 
 def resolve(name: str) -> Path:
