@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from infopt.io import load
     from infopt.io.export import export
     from infopt.io.saved import save
-    from infopt.methods import gptq
+    from infopt.methods import autoround, distilled, gptq
     from infopt.model import Emitted, Model, define, trainable
     from infopt.nnx import from_nnx, to_nnx
     from infopt.planner import Plan, plan
@@ -84,7 +84,7 @@ _NAMES = {
     "io": ("load",),
     "io.export": ("export",),
     "io.saved": ("save",),
-    "methods": ("gptq",),
+    "methods": ("autoround", "distilled", "gptq"),
     "model": ("Emitted", "Model", "define", "trainable"),
     "nnx": ("from_nnx", "to_nnx"),
     "planner": ("Plan", "plan"),

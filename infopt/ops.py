@@ -52,33 +52,36 @@ def _product(x: Array, w: Array, in_place: bool) -> Array:
     return jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())))
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["weight", "gram"], meta_fields=["routed"])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["weight", "gram", "peak"], meta_fields=["routed"])
 @dataclasses.dataclass(frozen=True)
 class Tapped:
-    """A weight that tells what goes in: of a sum over what `linear` gives, the gradient for `gram` is sum(x x^T).
+    """A weight that tells what goes in, by the gradients of a sum over what `linear` gives.
 
-    So statistics of inputs leave any program that calls `linear`, through scans too, as gradients do. `gram` is zeros
-    `[I, I]`, one an expert where the weight is; of an expert only the tokens count whose result is used (`routed`).
+    The gradient for `gram` (zeros `[I, I]`, one an expert where the weight is) is sum(x x^T), that for `peak` (zeros
+    `[I]`) is max|x|. So statistics of inputs leave any program that calls `linear`, through scans too. Each weight is
+    multiplied by once. Of an expert only the tokens count whose result is used (`routed`).
     """
 
     weight: Any
     gram: Any
+    peak: Any
     routed: bool = False
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _tap(routed: bool, x: Array, y: Array, gram: Array) -> Array:
+def _tap(routed: bool, x: Array, y: Array, gram: Array, peak: Array) -> Array:
     return y
 
 
-def _tap_forward(routed: bool, x: Array, y: Array, gram: Array) -> tuple[Array, Array]:
+def _tap_forward(routed: bool, x: Array, y: Array, gram: Array, peak: Array) -> tuple[Array, Array]:
     return y, x
 
 
-def _tap_backward(routed: bool, x: Array, dy: Array) -> tuple[Array, Array, Array]:
+def _tap_backward(routed: bool, x: Array, dy: Array) -> tuple[Array, Array, Array, Array]:
     seen = jnp.where(jnp.any(dy != 0, -1, keepdims=True), x, jnp.zeros_like(x)) if routed else x
     seen = seen.astype(jnp.float32)
-    return jnp.zeros_like(x), dy, jnp.matmul(seen.T, seen, precision=jax.lax.Precision.HIGHEST)
+    gram = jnp.matmul(seen.T, seen, precision=jax.lax.Precision.HIGHEST)
+    return jnp.zeros_like(x), dy, gram, jnp.max(jnp.abs(seen), 0)
 
 
 _tap.defvjp(_tap_forward, _tap_backward)
@@ -102,7 +105,8 @@ def linear(x: Float[Array, "*B I"], weights: Any, layer: Any = None, bias: Any =
     w = _at(weights, layer)
     rows = x.reshape(-1, x.shape[-1])
     if isinstance(w, Tapped):
-        y: Any = _tap(w.routed, rows, linear(rows, w.weight, None, None if bias is None else _at(bias, layer)), w.gram)
+        own: Any = linear(rows, w.weight, None, None if bias is None else _at(bias, layer))
+        y: Any = _tap(w.routed, rows, own, w.gram, w.peak)
         return y.reshape(*x.shape[:-1], -1)
     if is_qtensor(w):
         w = no_gradient(w)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 # Before JAX is imported, and for the processes that tests start: libtpu is here to compile for TPUs, not to find one.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["INFOPT_METHOD_CACHE"] = "0"  # a test computes what it is about
 
 import jax
 import pytest

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, final
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from infopt import texts
 from infopt.errors import InfoptError
-from infopt.model import Model, Weights, check_length
-from infopt.qtensor import Format, QTensor
+from infopt.methods.kept import Kept, kept_for
+from infopt.methods.layers import Layer, by_layer
+from infopt.model import Model, Weights, check_length, shapes
+from infopt.qtensor import Format, QTensor, quantize_array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,11 +35,41 @@ class Method(abc.ABC):
     tokens: int = 16384
     length: int = 512
 
+    @property
+    def name(self) -> str:
+        """The factory's, as in a stack's text."""
+        return type(self).__name__.lower()
+
+    def gives(self, model: Model, formats: Mapping[str, Format]) -> list[str]:
+        """The logical names of what `round` gives: those of `formats`, and of the dense weights that change too."""
+        return list(formats)
+
+    def check(self, formats: Mapping[str, Format]) -> None:
+        """Raise where nothing can be chosen in a format."""
+        for name, form in formats.items():
+            if form.row.rule == "none":
+                raise InfoptError(
+                    f"{self!r}: {form.name}, in which {name} is to be stored, has no grid.",
+                    why="a float is rounded best to the nearest one.",
+                    fix="quantize without a method for it",
+                )
+
     @abc.abstractmethod
     def round(
+        self, model: Model, weights: Weights, formats: Mapping[str, Format], clip: str | None, kept: Kept
+    ) -> dict[str, Any]:
+        """What takes the place of the weights that `gives` names; `model` is the stack before it."""
+
+    @final
+    def rounded(
         self, model: Model, weights: Weights, formats: Mapping[str, Format], clip: str | None
-    ) -> dict[str, QTensor]:
-        """The matrices of `formats`, by logical name, rounded; `model` is the stack before it."""
+    ) -> dict[str, Any]:
+        """The same, checked, and out of what was kept where it was computed before."""
+        self.check(formats)
+        tokens = self.windows(model)
+        told = f"{self!r} {self.digest()} {hashlib.sha256(tokens.tobytes()).hexdigest()}"
+        kept = kept_for(told, model.spec, weights, formats, clip, jax.default_backend())
+        return self.round(model, weights, formats, clip, kept)
 
     def digest(self) -> str:
         """Of the text: with the repr, it says what was computed."""
@@ -48,7 +83,7 @@ class Method(abc.ABC):
             for f in dataclasses.fields(self)
             if getattr(self, f.name) != f.default
         ]
-        return f"{type(self).__name__.lower()}({', '.join(given)})"
+        return f"{self.name}({', '.join(given)})"
 
     def windows(self, model: Model) -> np.ndarray:
         """The tokens `[N, length]` that are read, equally spaced in the text.
@@ -64,7 +99,7 @@ class Method(abc.ABC):
             raise InfoptError(
                 f"{self!r} reads a text, and the model has no tokenizer.",
                 why="a text becomes token ids by the tokenizer that the model was trained with.",
-                fix=f"token ids: {type(self).__name__.lower()}(tokens_of_your_text)",
+                fix=f"token ids: {self.name}(tokens_of_your_text)",
             )
         else:
             text = texts.topics("calibration") if self.text is None else self.text
@@ -87,6 +122,45 @@ class Method(abc.ABC):
         return ids[starts[:, None] + np.arange(self.length)]
 
 
+@dataclasses.dataclass(frozen=True, repr=False)
+class ByLayer(Method):
+    """A method that changes one layer after the other, each on what the changed ones before it give."""
+
+    targets = False
+    """Whether `change` looks at what the layer gave before anything was changed."""
+
+    @abc.abstractmethod
+    def change(self, layer: Layer, formats: Mapping[str, Format], clip: str | None) -> dict[str, Any]:
+        """What takes the place of a layer's weights, by name within it; so are `formats`."""
+
+    def round(
+        self, model: Model, weights: Weights, formats: Mapping[str, Format], clip: str | None, kept: Kept
+    ) -> dict[str, Any]:
+        def change(layer: Layer) -> dict[str, Any]:
+            return self.change(layer, {n: formats[layer.prefix + n] for n in layer.names}, clip)
+
+        like = {n: like_rounded(shapes(model.spec)[n], f) for n, f in formats.items()}
+        for n in self.gives(model, formats):
+            if n not in like:
+                like[n] = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), weights[n])
+        return by_layer(
+            model.spec, weights, self.windows(model), set(formats), change,
+            what=self.name, targets=self.targets, kept=kept, like=like,
+        )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=256)
+def like_rounded(shape: tuple[int, ...], form: Format) -> QTensor:
+    """The shapes and types of a matrix in a format."""
+    return jax.eval_shape(lambda w: quantize_array(w, form, 2), jax.ShapeDtypeStruct(shape, jnp.float32))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def nearest(w: Any, form: Format, clip: str | None) -> QTensor:
+    """A matrix rounded to the nearest values."""
+    return quantize_array(w, form, 2, clip)
+
+
 def text_of(text: Any, what: str) -> str | tuple[int, ...] | None:
     """What a method was given to read, hashable.
 
@@ -105,3 +179,24 @@ def text_of(text: Any, what: str) -> str | tuple[int, ...] | None:
             fix="a text, several, or one row of token ids; None is ip.texts.topics('calibration')",
         )
     return tuple(ids.tolist())
+
+
+def check_reading(what: str, **counts: Any) -> None:
+    """Raise unless the numbers count something: a `length` at least 2 tokens."""
+    for name, value in counts.items():
+        least = 2 if name == "length" else 1
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise InfoptError(
+                f"{what}({name}={value!r}).", why=f"it counts {_COUNTED.get(name, 'tokens')}.", fix=f"{name} >= {least}"
+            )
+
+
+_COUNTED = {"steps": "steps", "batch": "windows"}
+
+
+def nothing_went_in(method: Method, name: str) -> InfoptError:
+    return InfoptError(
+        f"{method!r}: nothing but zeros went into {name}.",
+        why="without inputs there is nothing to make up for.",
+        fix="a quantize(where=...) of its own for it, without a method",
+    )

@@ -5,16 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, final
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from infopt.errors import InfoptError
-from infopt.methods.base import Method, text_of
-from infopt.methods.layers import by_layer
-from infopt.model import Model, Weights
+from infopt.methods.base import ByLayer, check_reading, nothing_went_in, text_of
+from infopt.methods.layers import Layer
 from infopt.qtensor import Format, Grid, QTensor, codes_of, grid_of, in_groups, on_grid, values_of
 from infopt.typing import Array
 
@@ -22,39 +20,24 @@ BLOCK = 128
 """Columns whose errors reach the columns after them at once, at most."""
 
 
+@final
 @dataclasses.dataclass(frozen=True, repr=False)
-class GPTQ(Method):
+class GPTQ(ByLayer):
     damp: float = 0.01
     order: bool = True
 
-    def round(
-        self, model: Model, weights: Weights, formats: Mapping[str, Format], clip: str | None
-    ) -> dict[str, QTensor]:
-        for name, form in formats.items():
-            if form.row.rule == "none":
-                raise InfoptError(
-                    f"{self!r}: {form.name}, in which {name} is to be stored, has no grid.",
-                    why="a float is rounded best to the nearest one.",
-                    fix="quantize without a method for it",
-                )
+    def change(self, layer: Layer, formats: Mapping[str, Format], clip: str | None) -> dict[str, QTensor]:
+        found = layer.statistics()
+        return {n: self._one(layer.prefix + n, layer.p[n], found[n].gram, f, clip) for n, f in formats.items()}
 
-        def change(grams: dict[str, np.ndarray]) -> dict[str, QTensor]:
-            return {name: self._one(name, weights[name], gram, formats[name], clip) for name, gram in grams.items()}
-
-        return by_layer(model.spec, weights, self.windows(model), set(formats), change)
-
-    def _one(self, name: str, w: Any, gram: np.ndarray, form: Format, clip: str | None) -> QTensor:
-        if gram.ndim == 2 and not gram.any():
-            raise InfoptError(
-                f"{self!r}: nothing but zeros went into {name}.",
-                why="without inputs there is nothing to make up for.",
-                fix="a quantize(where=...) of its own for it, without a method",
-            )
+    def _one(self, name: str, w: Array, gram: Array, form: Format, clip: str | None) -> QTensor:
+        if gram.ndim == 2 and not bool(jnp.any(gram)):
+            raise nothing_went_in(self, name)
         solve = functools.partial(solved, format=form, damp=self.damp, order=self.order, clip=clip)
         if gram.ndim == 2:
-            found, fine = solve(jnp.asarray(w), gram)
+            found, fine = solve(w, gram)
         else:
-            each = [solve(jnp.asarray(one), of_one) for one, of_one in zip(w, gram, strict=True)]
+            each = [solve(one, of_one) for one, of_one in zip(w, gram, strict=True)]
             found, fine = jax.tree.map(lambda *x: jnp.stack(x), *(q for q, _ in each)), all(bool(f) for _, f in each)
         if not bool(fine):
             raise InfoptError(
@@ -88,9 +71,7 @@ def gptq(text: Any = None, tokens: int = 16384, length: int = 512, damp: float =
     >>> ip.quantize(bits=4, group=32, method=ip.gptq(tokens=4096))
     quantize(bits=4, group=32, method=gptq(tokens=4096))
     """
-    for name, value, least in (("tokens", tokens, 1), ("length", length, 2)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise InfoptError(f"gptq({name}={value!r}).", why="it counts tokens.", fix=f"{name} >= {least}")
+    check_reading("gptq", tokens=tokens, length=length)
     if isinstance(damp, bool) or not isinstance(damp, int | float) or not 0 <= damp < float("inf"):
         raise InfoptError(f"gptq(damp={damp!r}).", why="it is a share of H's diagonal.", fix="damp=0.01, say")
     if not isinstance(order, bool):
@@ -100,7 +81,7 @@ def gptq(text: Any = None, tokens: int = 16384, length: int = 512, damp: float =
 
 @functools.partial(jax.jit, static_argnames=("format", "order", "clip"))
 def solved(
-    w: Array, gram: Array, *, format: Format, damp: float = 0.01, order: bool = True, clip: str | None = None
+    w: Array, gram: Any, *, format: Format, damp: float = 0.01, order: bool = True, clip: str | None = None
 ) -> tuple[QTensor, Array]:
     """A matrix `[O, I]` rounded for inputs of Gram matrix `[I, I]`, and whether that had an inverse."""
     groups, outer = in_groups(w, format, 2)

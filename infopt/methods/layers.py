@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,33 +13,72 @@ import numpy as np
 
 from infopt import ops
 from infopt.errors import InfoptError
-from infopt.model import Weights, family_of, shapes
+from infopt.methods.kept import Kept
+from infopt.model import Family, Weights, family_of, shapes
+from infopt.progress import bar
 from infopt.spec import Spec
 from infopt.typing import Array
 
 TOKENS = 4096
 """Tokens that go through a layer at once."""
 
-Change = Callable[[dict[str, np.ndarray]], Mapping[str, Any]]
-"""From the Gram matrices of a layer's inputs, by logical name, `[I, I]` or one an expert, to what takes their place."""
+Run = Callable[[dict[str, Any], Array], Array]
+"""A layer: its weights by name within it and what goes in `[B, T, D]` to what it gives."""
 
 
-def by_layer(spec: Spec, weights: Weights, tokens: np.ndarray, names: set[str], change: Change) -> dict[str, Any]:
-    """Run the layers in turn, each on what the changed ones before it give.
-
-    A layer's weights are held one layer at a time, and of the texts the hidden states `[tokens, D]` alone.
+class Inputs(NamedTuple):
+    """What went into a matrix `[O, I]`, or one an expert: with leading axes then.
 
     Args:
-      spec, weights: of the stack, which is run without a cache.
-      tokens: `[N, T]`.
-      names: the matrices whose inputs are wanted: linear layers of blocks, or the head.
-      change: called once for each layer that has some.
+      gram: sum over tokens of x x^T, `[I, I]`.
+      peak: the greatest |x| of each input, `[I]`.
+    """
 
-    Returns:
-      What `change` gave, of all layers.
+    gram: Array
+    peak: Array
+
+
+@dataclasses.dataclass
+class Layer:
+    """A layer whose turn it is; the head is the last one, its inputs what `final` gives.
+
+    Args:
+      prefix: of its logical names: "layers.3."; "" for the head.
+      names: of its matrices that are to be changed, within it.
+      p: its weights by name within it, as they were.
+      inputs: what the changed layers before it give, `[B, T, D]`, some windows of tokens each.
+      targets: what it gives itself where nothing was changed before it, or None where nobody asked.
+      run: compiled once for all layers of its kind.
+    """
+
+    prefix: str
+    names: tuple[str, ...]
+    p: dict[str, Any]
+    inputs: list[Array]
+    targets: list[Array] | None
+    run: Run
+    tapped: Callable[..., dict[str, Inputs]]
+
+    def statistics(self) -> dict[str, Inputs]:
+        """Of the inputs of each of `names`."""
+        found = None
+        for x in self.inputs:
+            new = self.tapped(self.p, x, self.names)
+            found = new if found is None else _joined(found, new)
+        assert found is not None
+        return found
+
+
+@jax.jit
+def _joined(one: dict[str, Inputs], other: dict[str, Inputs]) -> dict[str, Inputs]:
+    return {n: Inputs(s.gram + other[n].gram, jnp.maximum(s.peak, other[n].peak)) for n, s in one.items()}
+
+
+def scannable(spec: Spec) -> Family:
+    """The stack's family.
 
     Raises:
-      InfoptError: the stack's family is one function, or a name is no matrix that `ops.linear` multiplies by.
+      InfoptError: its forward pass is one function.
     """
     family = family_of(spec)
     if family.block is None or family.embed is None or family.final is None:
@@ -47,6 +87,61 @@ def by_layer(spec: Spec, weights: Weights, tokens: np.ndarray, names: set[str], 
             why="its forward pass is one function.",
             fix="quantize without a method; or write its layers with ip.define",
         )
+    return family
+
+
+def top_of(spec: Spec, weights: Weights) -> dict[str, Any]:
+    """The weights outside layers, for `embed` and `final`."""
+    return {n: weights[n] for n in shapes(spec) if not n.startswith("layers.")}
+
+
+def layer_of(spec: Spec, weights: Mapping[str, Any], layer: int) -> dict[str, Any]:
+    """The weights of one layer, by name within it."""
+    prefix = f"layers.{layer}."
+    own = [n for n in shapes(spec) if n.startswith(prefix)]
+    return {n.removeprefix(prefix): jax.tree.map(jnp.asarray, weights[n]) for n in own}
+
+
+def embedded(spec: Spec, top: dict[str, Any], tokens: np.ndarray, per: int) -> list[Array]:
+    """What goes into the first layer, `per` windows at a time."""
+    places = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
+    embed = jax.jit(functools.partial(scannable(spec).embed, spec.config))  # type: ignore[arg-type]
+    return [embed(top, jnp.asarray(tokens[at : at + per]), places[at : at + per]) for at in range(0, len(tokens), per)]
+
+
+def by_layer(
+    spec: Spec,
+    weights: Weights,
+    tokens: np.ndarray,
+    names: set[str],
+    change: Callable[[Layer], Mapping[str, Any]],
+    *,
+    what: str = "layers",
+    targets: bool = False,
+    kept: Kept | None = None,
+    like: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Run the layers in turn, each on what the changed ones before it give.
+
+    A layer's weights are held one layer at a time, and of the texts the hidden states `[tokens, D]` alone.
+
+    Args:
+      spec, weights: of the stack, which is run without a cache.
+      tokens: `[N, T]`.
+      names: the matrices that are to be changed: linear layers of blocks, or the head.
+      change: called once for each layer that has some; what takes its weights' place, by name within the layer.
+      what: is said beside the progress.
+      targets: whether the layers are run as they were, too, each on what unchanged ones give.
+      kept: where the layers are kept that are done.
+      like: the shapes and types of all that `change` gives, by logical name; with `kept`.
+
+    Returns:
+      What `change` gave, of all layers, by logical name.
+
+    Raises:
+      InfoptError: the stack's family is one function, or a name is no matrix that `ops.linear` multiplies by.
+    """
+    family = scannable(spec)
     outside = {n for n in names if not n.startswith("layers.")}
     if outside - {"head"}:
         raise InfoptError(
@@ -54,39 +149,45 @@ def by_layer(spec: Spec, weights: Weights, tokens: np.ndarray, names: set[str], 
             why="statistics are of the inputs of linear layers, and it is a table.",
             fix="a quantize(where=...) of its own for it, without a method",
         )
-    top = {n: weights[n] for n in shapes(spec) if not n.startswith("layers.")}
-    per = max(TOKENS // tokens.shape[1], 1)
-    places = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
-    embed = jax.jit(functools.partial(family.embed, spec.config))
-    batches = [slice(at, at + per) for at in range(0, len(tokens), per)]
-    xs = [embed(top, jnp.asarray(tokens[each]), places[each]) for each in batches]
+    top = top_of(spec, weights)
+    xs = embedded(spec, top, tokens, max(TOKENS // tokens.shape[1], 1))
+    plain = xs if targets else None
     found: dict[str, Any] = {}
-    for layer in range(spec.config.layers):
-        prefix = f"layers.{layer}."
-        own = [n for n in shapes(spec) if n.startswith(prefix)]
-        p = {n.removeprefix(prefix): jax.tree.map(jnp.asarray, weights[n]) for n in own}
-        wanted = tuple(sorted(n.removeprefix(prefix) for n in names.intersection(own)))
-        run, grams = _programs(spec, layer % spec.config.period, spec.window[layer])
-        if wanted:
-            total = functools.reduce(_add, (grams(p, x, wanted) for x in xs))
-            new = change({prefix + n: np.asarray(g) for n, g in total.items()})
-            found |= new
-            p |= {n.removeprefix(prefix): x for n, x in new.items()}
-        xs = [run(p, x) for x in xs]
+
+    def turn(layer: Layer) -> dict[str, Any]:
+        shape = {n: like[layer.prefix + n] for n in layer.p if layer.prefix + n in like} if like else {}
+        step = layer.prefix.strip(".") or "head"
+        new = kept.get(step, shape) if kept else None
+        if new is None:
+            new = dict(change(layer))
+            if kept:
+                kept.put(step, {n: new[n] for n in shape})
+        found.update({layer.prefix + n: x for n, x in new.items()})
+        return new
+
+    with bar(what, spec.config.layers) as show:
+        for i in range(spec.config.layers):
+            p = layer_of(spec, weights, i)
+            run, tapped = programs(spec, i % spec.config.period, spec.window[i])
+            mine = tuple(sorted(n for n in p if f"layers.{i}.{n}" in names))
+            aims = None if plain is None else [run(p, x) for x in plain]
+            if mine:
+                p |= turn(Layer(f"layers.{i}.", mine, p, xs, aims, run, tapped))
+            xs, plain = [run(p, x) for x in xs], aims
+            show(i + 1)
     if outside:
-        hidden = jnp.concatenate([family.final(spec.config, top, x) for x in xs]).astype(jnp.float32)
-        rows = hidden.reshape(-1, hidden.shape[-1])
-        found |= change({"head": np.asarray(jnp.matmul(rows.T, rows, precision=jax.lax.Precision.HIGHEST))})
+        run, tapped = _head(spec)
+        final = jax.jit(functools.partial(family.final, spec.config))  # type: ignore[arg-type]
+        xs = [final(top, x) for x in xs]
+        p = {"head": jax.tree.map(jnp.asarray, top["head"])}
+        aims = None if plain is None else [run(p, final(top, x)) for x in plain]
+        turn(Layer("", ("head",), p, xs, aims, run, tapped))
     return found
 
 
-def _add(one: dict[str, Array], other: dict[str, Array]) -> dict[str, Array]:
-    return jax.tree.map(jnp.add, one, other)
-
-
 @functools.lru_cache(maxsize=64)
-def _programs(spec: Spec, phase: int, window: Any) -> tuple[Callable[..., Array], Callable[..., dict[str, Array]]]:
-    """A layer's forward pass `(p, x) -> x`, and its Gram matrices `(p, x, names) -> {name: [..., I, I]}`."""
+def programs(spec: Spec, phase: int, window: Any) -> tuple[Run, Callable[..., dict[str, Inputs]]]:
+    """A layer's forward pass `(p, x) -> x`, and its statistics `(p, x, names) -> {name: Inputs}`."""
     block = family_of(spec).block
     assert block is not None
 
@@ -97,12 +198,24 @@ def _programs(spec: Spec, phase: int, window: Any) -> tuple[Callable[..., Array]
         context = ops.Context(at, keep, lengths, window, spec.kv, attention=spec.attention, straight=True)
         return block(spec.config, phase, p, x, None, functools.partial(ops.attend, context=context), None)[0]
 
-    def grams(p: dict[str, Any], x: Array, names: tuple[str, ...]) -> dict[str, Array]:
-        def total(taps: dict[str, Array]) -> Array:
-            tapped = {n: ops.Tapped(p[n], tap, routed=tap.ndim > 2) for n, tap in taps.items()}
-            return jnp.sum(forward(p | tapped, x).astype(jnp.float32))
+    return jax.jit(forward), jax.jit(functools.partial(_tapped, forward), static_argnums=2)
 
-        sizes = {n: (*p[n].shape[:-2], p[n].shape[-1], p[n].shape[-1]) for n in names}
-        return jax.grad(total)({n: jnp.zeros(size, jnp.float32) for n, size in sizes.items()})
 
-    return jax.jit(forward), jax.jit(grams, static_argnums=2)
+@functools.cache
+def _head(spec: Spec) -> tuple[Run, Callable[..., dict[str, Inputs]]]:
+    def forward(p: dict[str, Any], x: Array) -> Array:
+        return ops.linear(x, p["head"])
+
+    return jax.jit(forward), jax.jit(functools.partial(_tapped, forward), static_argnums=2)
+
+
+def _tapped(forward: Run, p: dict[str, Any], x: Array, names: tuple[str, ...]) -> dict[str, Inputs]:
+    def total(taps: dict[str, tuple[Array, Array]]) -> Array:
+        tapped = {n: ops.Tapped(p[n], *tap, routed=tap[0].ndim > 2) for n, tap in taps.items()}
+        return jnp.sum(forward(p | tapped, x).astype(jnp.float32))
+
+    def zeros(w: Array) -> tuple[Array, Array]:
+        lead, width = w.shape[:-2], w.shape[-1]
+        return jnp.zeros((*lead, width, width), jnp.float32), jnp.zeros((*lead, width), jnp.float32)
+
+    return {n: Inputs(*tap) for n, tap in jax.grad(total)({n: zeros(p[n]) for n in names}).items()}

@@ -132,7 +132,8 @@ class Quantize(Transform):
         @functools.cache
         def rounded() -> Mapping[str, Any]:  # all at once, when the first of them is read
             assert self.method is not None
-            return self.method.round(before, weights.map(formats, checked), formats, self.clip)
+            checked(first := next(iter(formats)), weights[first])  # before anything is read
+            return self.method.rounded(before, weights.map(formats, checked), formats, self.clip)
 
         def checked(name: str, w: Any) -> Any:
             if is_traced(w) and self.method is not None:
@@ -150,7 +151,7 @@ class Quantize(Transform):
             return w
 
         if self.method is not None:
-            return weights.made(formats, lambda name: rounded()[name])
+            return weights.made(self.method.gives(before, formats), lambda name: rounded()[name])
         return weights.map(formats, lambda name, w: _pack(checked(name, w), formats[name], self.clip))
 
     def digest(self) -> str:

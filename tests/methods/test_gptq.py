@@ -14,7 +14,7 @@ from infopt import ops
 from infopt.errors import InfoptError
 from infopt.formats import FORMATS
 from infopt.methods.gptq import solved
-from infopt.methods.layers import by_layer
+from infopt.methods.layers import Layer, by_layer
 from infopt.model import Weights
 from infopt.qtensor import Format, dequantize_array, quantize_array
 
@@ -103,7 +103,12 @@ def test_statistics_are_of_what_goes_in(llama: tuple[ip.Model, Any]) -> None:
     weights, tokens = Weights.of(model.spec, params), IDS[:192].reshape(6, 32)
     seen: dict[str, np.ndarray] = {}
     names = {"layers.0.attn.q", "layers.2.mlp.down", "head"}
-    by_layer(model.spec, weights, tokens, names, lambda grams: seen.update(grams) or {n: weights[n] for n in grams})
+
+    def change(layer: Layer) -> dict[str, Any]:
+        seen.update({layer.prefix + n: np.asarray(s.gram) for n, s in layer.statistics().items()})
+        return {n: layer.p[n] for n in layer.names}
+
+    by_layer(model.spec, weights, tokens, names, change)
     h = ops.rms_norm(weights["embed"][tokens.reshape(-1)], weights["layers.0.attn_norm"], None, 1e-5)
     np.testing.assert_allclose(seen["layers.0.attn.q"], h.T @ h, rtol=2e-5, atol=1e-3)
     state = model.init_state(6, 32, 32)
@@ -164,9 +169,9 @@ def test_memory_is_a_layers(llama: tuple[ip.Model, Any]) -> None:
     counts: list[int] = []
     weights, names = Weights.of(model.spec, params), {f"layers.{i}.mlp.up" for i in range(3)}
 
-    def change(grams: dict[str, np.ndarray]) -> dict[str, Any]:
-        counts.append(len(grams))
-        return {n: weights[n] for n in grams}
+    def change(layer: Layer) -> dict[str, Any]:
+        counts.append(len(layer.statistics()))
+        return {n: layer.p[n] for n in layer.names}
 
     by_layer(model.spec, weights, IDS[:64].reshape(2, 32), names, change)
     assert counts == [1, 1, 1]

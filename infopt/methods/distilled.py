@@ -1,0 +1,316 @@
+"""Distilled scales: of a rounded model, scales and minima trained until its words are those of the model it was."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, final
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from infopt import ops
+from infopt.errors import InfoptError
+from infopt.methods.base import Method, check_reading, nearest, text_of
+from infopt.methods.kept import Kept
+from infopt.methods.layers import Run, embedded, layer_of, programs, scannable, top_of
+from infopt.model import Model, Weights
+from infopt.progress import bar
+from infopt.qtensor import Format, QTensor, dequantize_array
+from infopt.spec import Spec
+from infopt.typing import Array
+
+ROWS = 128
+"""Tokens whose logits are there at once."""
+HELD = 8
+"""Of so many windows one is held back, to choose the rate and the end by."""
+PARTS = 6
+"""Parts that the steps are done in; after each, what is held back is read."""
+
+
+@final
+@dataclasses.dataclass(frozen=True, repr=False)
+class Distilled(Method):
+    start: Method | None = None
+    steps: int = 60
+    rates: tuple[float, ...] = (0.001, 0.004)
+    batch: int = 1
+    seed: int = 0
+
+    def gives(self, model: Model, formats: Mapping[str, Format]) -> list[str]:
+        return list(formats) if self.start is None else self.start.gives(model, formats)
+
+    def check(self, formats: Mapping[str, Format]) -> None:
+        super().check(formats)
+        if self.start is not None:
+            self.start.check(formats)
+        for name, form in formats.items():
+            if form.row.tensor or form.row.rule == "power" or form.scale not in ("float16", "float32", "bfloat16"):
+                raise InfoptError(
+                    f"{self!r}: scales of {form.name}, in which {name} is to be stored, cannot be trained.",
+                    why=f"they are {form.scale}: the next one is too far.",
+                    fix="a format whose scales are float16, as int4 or nf4; or another method",
+                )
+
+    def round(
+        self, model: Model, weights: Weights, formats: Mapping[str, Format], clip: str | None, kept: Kept
+    ) -> dict[str, Any]:
+        tokens = self.windows(model)
+        held = len(tokens) // HELD or 1
+        if len(tokens) < 2:
+            raise InfoptError(
+                f"{self!r} has {len(tokens)} window of tokens to read.",
+                why="some are trained on, and others held back, to choose the learning rate by and when to stop.",
+                fix="a longer text, more tokens=, or a shorter length=",
+            )
+        if self.start is None:
+            begun: dict[str, Any] = {n: nearest(weights[n], f, clip) for n, f in formats.items()}
+        else:
+            begun = self.start.rounded(model, weights, formats, clip)
+        run = _Distillation(self, model.spec, weights, begun, tokens[:-held], tokens[-held:], kept)
+        return begun | run.trained()
+
+
+class Change(NamedTuple):
+    """Of a matrix: its scales are multiplied by 1 + `scale`, to its minima `minimum` scales are added."""
+
+    scale: Array
+    minimum: Array | None
+
+
+class _State(NamedTuple):
+    changes: dict[str, Change]
+    moments: Any
+    kl: Array
+
+
+class _Distillation:
+    def __init__(
+        self,
+        how: Distilled,
+        spec: Spec,
+        weights: Weights,
+        begun: dict[str, Any],
+        tokens: np.ndarray,
+        held: np.ndarray,
+        kept: Kept,
+    ) -> None:
+        self.how, self.spec, self.kept = how, spec, kept
+        self.tokens, self.held = tokens, held
+        self.student = weights.made(begun, lambda name: begun[name])
+        self.begun = {n: q for n, q in begun.items() if isinstance(q, QTensor)}
+        self.top = top_of(spec, self.student)
+        self.programs = [_trained(spec, i % spec.config.period, spec.window[i]) for i in range(spec.config.layers)]
+        self.loss = _loss(spec)
+        top = top_of(spec, weights)
+        self.plain_head = top.get("head", top["embed"])
+        self.rows = np.concatenate([tokens, held])
+        xs = embedded(spec, top, self.rows, 1)
+        for i in range(spec.config.layers):
+            p = layer_of(spec, weights, i)
+            xs = [programs(spec, i % spec.config.period, spec.window[i])[0](p, x) for x in xs]
+        hidden = jax.jit(functools.partial(scannable(spec).final, spec.config))  # type: ignore[arg-type]
+        self.aims = [hidden(top, x) for x in xs]
+
+    def trained(self) -> dict[str, QTensor]:
+        how, zero = self.how, {n: _unchanged(q) for n, q in self.begun.items()}
+        adam = {rate: optax.adam(optax.cosine_decay_schedule(rate, how.steps), b2=0.95) for rate in how.rates}
+        part = max(how.steps // PARTS, 1)
+        ends = [*range(part, how.steps, part), how.steps]
+        with bar("distilled", how.steps + part * (len(how.rates) - 1)) as show:
+            first = self._kl(zero)
+            tried = []
+            for i, rate in enumerate(how.rates):
+                with jax.numpy_dtype_promotion("standard"):
+                    begin = _State(zero, adam[rate].init(zero), first)  # type: ignore[arg-type]
+                tried.append(self._steps(f"rate-{i}", begin, adam[rate], 0, ends[0]))
+                show(part * (i + 1), f"distilled, KL {float(first):.4f} to {float(tried[-1].kl):.4f}")
+            best = int(np.argmin([float(s.kl) for s in tried]))
+            state, rate, found, worse = tried[best], how.rates[best], (first, zero), 0
+            for begin, end in zip(ends, [*ends[1:], None]):
+                if not bool(jnp.isfinite(state.kl)):
+                    warnings.warn(
+                        f"{how!r} left what numbers can hold before step {begin}: the best state before it is kept; "
+                        "smaller rates=... may go further",
+                        stacklevel=2,
+                    )
+                    break
+                worse = 0 if state.kl < found[0] else worse + 1
+                if not worse:
+                    found = state.kl, state.changes
+                if end is None or worse == 2:
+                    break
+                state = self._steps(f"rate-{best}-to-{end}", state, adam[rate], begin, end)
+                show(end + part * (len(how.rates) - 1), f"distilled, KL {float(first):.4f} to {float(found[0]):.4f}")
+        return {n: _changed(q, found[1][n], stored=True) for n, q in self.begun.items()}
+
+    def _steps(self, name: str, state: _State, optimiser: Any, begin: int, end: int) -> _State:
+        """The state after steps `begin` to `end`; its KL is infinite where one was not finite."""
+        if (done := self.kept.get(name, state)) is not None:
+            return done
+        changes, moments = state.changes, state.moments
+        for step in range(begin, end):
+            rng = np.random.default_rng((self.how.seed, step))
+            chosen = rng.choice(len(self.tokens), min(self.how.batch, len(self.tokens)), replace=False)
+            loss, slopes = self._slopes(changes, sorted(int(i) for i in chosen))
+            if not bool(jnp.isfinite(loss)):
+                return _State(changes, moments, jnp.asarray(jnp.inf, jnp.float32))
+            with jax.numpy_dtype_promotion("standard"):
+                updates, moments = optimiser.update(slopes, moments)
+                changes: Any = optax.apply_updates(changes, updates)
+        new = _State(changes, moments, self._kl(changes))
+        self.kept.put(name, new)
+        return new
+
+    def _layers(self, changes: dict[str, Change]) -> Any:
+        for i, programs_of in enumerate(self.programs):
+            prefix = f"layers.{i}."
+            own = {n.removeprefix(prefix): c for n, c in changes.items() if n.startswith(prefix)}
+            yield prefix, programs_of, layer_of(self.spec, self.student, i), own
+
+    def _through(self, changes: dict[str, Change], i: int) -> tuple[list[Array], Any, Any]:
+        """What goes into each layer, and into the head, for window i; and the head, with its changes."""
+        xs = embedded(self.spec, self.top, self.rows[i : i + 1], 1)
+        for _, (run, _), p, own in self._layers(changes):
+            xs.append(run(p, own, xs[-1]))
+        return xs, self.top.get("head", self.top["embed"]), changes.get("head")
+
+    def _kl(self, changes: dict[str, Change]) -> Array:
+        found = []
+        for i in range(len(self.tokens), len(self.rows)):
+            xs, head, own = self._through(changes, i)
+            found.append(self.loss[0](self.top, head, own, xs[-1], self.plain_head, self.aims[i]))
+        kl = jnp.mean(jnp.stack(found))
+        return jnp.where(jnp.isfinite(kl), kl, jnp.inf)
+
+    def _slopes(self, changes: dict[str, Change], windows: list[int]) -> tuple[Array, dict[str, Change]]:
+        total = None
+        for i in windows:
+            xs, head, own = self._through(changes, i)
+            loss, (of_head, dx) = self.loss[1](self.top, head, own, xs.pop(), self.plain_head, self.aims[i])
+            found = {} if own is None else {"head": of_head}
+            for prefix, (_, back), p, mine in reversed(list(self._layers(changes))):
+                slopes, dx = back(p, mine, xs.pop(), dx)
+                found |= {prefix + n: slope for n, slope in slopes.items()}
+            total = (loss, found) if total is None else jax.tree.map(jnp.add, total, (loss, found))
+        assert total is not None
+        return jax.tree.map(lambda x: x / len(windows), total)
+
+
+def _unchanged(q: QTensor) -> Change:
+    none = None if q.minimum is None else jnp.zeros(q.minimum.shape, jnp.float32)
+    return Change(jnp.zeros(q.scale.shape, jnp.float32), none)
+
+
+@functools.partial(jax.jit, static_argnames="stored")
+def _changed(q: QTensor, change: Change, *, stored: bool = False) -> QTensor:
+    """With other scales and minima: as they are stored, or in float32 for gradients, of the same values."""
+
+    def kept(x: Array, like: Array) -> Array:
+        new = x.astype(like.dtype)
+        return new if stored else x + jax.lax.stop_gradient(new.astype(jnp.float32) - x)
+
+    scale = jnp.asarray(q.scale).astype(jnp.float32)
+    parts: dict[str, Any] = {"scale": kept(scale * (1 + change.scale), q.scale)}
+    if change.minimum is not None:
+        parts["minimum"] = kept(jnp.asarray(q.minimum).astype(jnp.float32) + change.minimum * scale, q.minimum)
+    return dataclasses.replace(q, **parts)
+
+
+def _dense(p: dict[str, Any], changes: dict[str, Change]) -> dict[str, Any]:
+    return p | {n: dequantize_array(_changed(p[n], change)) for n, change in changes.items()}
+
+
+@functools.lru_cache(maxsize=64)
+def _trained(spec: Spec, phase: int, window: Any) -> tuple[Run, Callable[..., Any]]:
+    """A layer with changed scales `(p, changes, x) -> x`; and `(p, changes, x, slope of x) -> slopes of both`."""
+    run = programs(spec, phase, window)[0]
+
+    def forward(p: dict[str, Any], changes: dict[str, Change], x: Array) -> Array:
+        return run(_dense(p, changes), x)
+
+    def back(p: dict[str, Any], changes: dict[str, Change], x: Array, dy: Array) -> Any:
+        return jax.vjp(functools.partial(forward, p), changes, x)[1](dy)
+
+    return jax.jit(forward), jax.jit(back)  # type: ignore[return-value]
+
+
+@functools.lru_cache(maxsize=16)
+def _loss(spec: Spec) -> tuple[Callable[..., Array], Callable[..., Any]]:
+    """Mean over tokens of KL(what the model was || what it is); and the same with slopes of the head and its input."""
+    family = scannable(spec)
+
+    def words(hidden: Array, table: Any) -> Array:
+        logits = ops.linear(hidden, table).astype(jnp.float32)
+        return jax.nn.log_softmax(logits if family.logits is None else family.logits(spec.config, logits))
+
+    def loss(top: Any, head: Any, change: Any, x: Array, plain_head: Any, aim: Array) -> Array:
+        assert family.final is not None
+        table = head if change is None else _dense({"head": head}, {"head": change})["head"]
+
+        @jax.checkpoint
+        def of_rows(pair: tuple[Array, Array]) -> Array:
+            was, now = words(pair[1], plain_head), words(pair[0], table)
+            return jnp.sum(jnp.exp(was) * (was - now), -1)
+
+        hidden = family.final(spec.config, top, x)
+        pairs = [y.reshape(-1, y.shape[-1]) for y in (hidden, aim)]
+        return jnp.mean(jax.lax.map(of_rows, (pairs[0], pairs[1]), batch_size=ROWS))
+
+    def slopes(top: Any, head: Any, change: Any, x: Array, plain_head: Any, aim: Array) -> Any:
+        def of(change: Any, x: Array) -> Array:
+            return loss(top, head, change, x, plain_head, aim)
+
+        return jax.value_and_grad(of, (0, 1))(change, x)
+
+    return jax.jit(loss), jax.jit(slopes)
+
+
+def distilled(
+    text: Any = None,
+    tokens: int = 16384,
+    length: int = 512,
+    start: Method | None = None,
+    steps: int = 60,
+    rates: Any = (0.001, 0.004),
+    batch: int = 1,
+    seed: int = 0,
+) -> Distilled:
+    """Train the scales and minima of a rounded model until its next words are as likely as those of the model it was.
+
+    Codes stay. What falls, by Adam, is the mean over tokens of KL(softmax(z) || softmax(z')), z the logits of the stack
+    before and z' those of the rounded one; a group's scale is multiplied by 1 + a, its minimum moved by b scales. One
+    window in eight is held back: on these the rates are compared after a sixth of the steps, and the best state stays.
+
+    Source: mlx-lm's DWQ (Hannun 2025, "Distilled weight quantization"), which trains the same numbers.
+
+    Args:
+      text, tokens, length: what is read, as for `gptq`.
+      start: what chooses the codes, and the scales to begin with; by default rounding to nearest.
+      steps: updates, of those that the chosen rate makes.
+      rates: the learning rates to choose from. From GPTQ a smaller one serves than from rounding.
+      batch: windows an update.
+      seed: of the order of windows.
+
+    Raises:
+      InfoptError: numbers that are none; or, when params are converted, scales that are powers of two.
+
+    >>> import infopt as ip
+    >>> ip.quantize(bits=4, group=64, method=ip.distilled(start=ip.gptq(), steps=120))
+    quantize(bits=4, group=64, method=distilled(start=gptq(), steps=120))
+    """
+    check_reading("distilled", tokens=tokens, length=length, steps=steps, batch=batch)
+    if start is not None and not isinstance(start, Method):
+        raise InfoptError(f"distilled(start={start!r}).", why="a method is a value.", fix="start=ip.gptq(), say")
+    given = tuple(rates) if isinstance(rates, list | tuple) else (rates,)
+    if not given or not all(isinstance(r, int | float) and not isinstance(r, bool) and 0 < r < 1 for r in given):
+        raise InfoptError(
+            f"distilled(rates={rates!r}).", why="they are learning rates.", fix="rates=(0.001, 0.004), say"
+        )
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise InfoptError(f"distilled(seed={seed!r}).", why="it seeds an order.", fix="seed=0")
+    return Distilled(text_of(text, "distilled"), tokens, length, start, steps, tuple(map(float, given)), batch, seed)

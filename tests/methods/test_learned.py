@@ -1,0 +1,238 @@
+"""Learned rounding and distilled scales are never worse than where they began, and mostly much better."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import infopt as ip
+from infopt.errors import InfoptError
+from infopt.formats import FORMATS
+from infopt.methods.autoround import Free, _point, _stored, _values
+from infopt.methods.base import nearest
+from infopt.methods.distilled import _changed, _Distillation, _unchanged
+from infopt.methods.kept import Kept
+from infopt.methods.layers import Layer, by_layer
+from infopt.model import Weights, shapes
+from infopt.qtensor import Format, QTensor, dequantize_array
+
+HOW: dict[str, Any] = dict(tokens=2048, length=32)
+
+
+@pytest.fixture(scope="module")
+def llama() -> tuple[ip.Model, Any]:
+    return ip.testing.base_of("llama")
+
+
+def ids(model: ip.Model, n: int = 4096) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, model.spec.config.vocab, n)
+
+
+def nats(model: ip.Model, params: Any, teacher: tuple[ip.Model, Any], text: np.ndarray) -> float:
+    return ip.measure(model, params, ip.windows(text.tolist(), 32), teacher).kl.value
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "mixtral"])
+@pytest.mark.parametrize("method", ["autoround", "distilled"])
+def test_a_rounded_model_is_nearer_to_its_base(method: str, family: str) -> None:
+    model, params = ip.testing.base_of(family)
+    text = ids(model)
+    how: Any = ip.autoround(text, **HOW, steps=30) if method == "autoround" else None
+    how = how or ip.distilled(text, **HOW, batch=8, steps=60, rates=0.002)
+    one, other = (ip.quantize(bits=3, group=16, method=m)(model) for m in (None, how))
+    plain, better = (nats(s, s.convert(params), (model, params), text[::-1][:2048]) for s in (one, other))
+    assert better < (0.8 if method == "autoround" else 0.95) * plain
+
+
+def layer_errors(model: ip.Model, params: Any, text: np.ndarray, *found: Any) -> list[list[float]]:
+    """Of each layer the squared error on what `found`'s layers before it give, for each of several params."""
+    out = []
+    for own in found:
+        weights, errors = Weights.of(model.spec, own), list[float]()
+
+        def change(layer: Layer, weights: Any = weights, errors: Any = errors) -> dict[str, Any]:
+            assert layer.targets is not None
+            new = {n: weights[layer.prefix + n] for n in layer.names}
+            errors.append(sum(float(jnp.sum((layer.run(layer.p | new, x) - y) ** 2))
+                              for x, y in zip(layer.inputs, layer.targets, strict=True)))  # fmt: skip
+            return new
+
+        names = {n for n, w in weights.items() if isinstance(w, QTensor)}
+        by_layer(model.spec, Weights.of(model.spec, params), text, names, change, targets=True)
+        out.append(errors)
+    return out
+
+
+def test_learned_rounding_lessens_what_it_says(llama: tuple[ip.Model, Any]) -> None:
+    model, params = llama
+    text = ids(model)
+    for start in (None, ip.gptq(text, **HOW)):
+        begun = ip.quantize(bits=3, group=16, method=start)(model).convert(params)
+        how = ip.autoround(text, **HOW, start=start, steps=20)
+        learned = ip.quantize(bits=3, group=16, method=how)(model).convert(params)
+        one, other = layer_errors(model, params, how.windows(model), begun, learned)
+        assert other[0] < one[0] and sum(other) < (0.85 if start is None else 0.99) * sum(one), start
+
+
+def test_where_nothing_is_gained_the_start_stays(llama: tuple[ip.Model, Any]) -> None:
+    """One step of rate 1/2 tears a layer that GPTQ served well; NaN is no gain either."""
+    model, params = llama
+    text = ids(model)
+    start = ip.gptq(text, **HOW)
+    how = ip.autoround(text, **HOW, start=start, steps=1, rate=0.5)
+    one, other = (ip.quantize(bits=4, group=16, method=m)(model).convert(params) for m in (start, how))
+    assert all(np.array_equal(a, b, equal_nan=True) for a, b in zip(*map(jax.tree.leaves, (one, other)), strict=True))
+
+
+WHOLE = [n for n, r in FORMATS.items() if r.rule != "none" and not (r.kept or r.levels or r.dtype or r.tensor)]
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_learned_matrix_that_did_not_move_is_its_start(name: str) -> None:
+    row = FORMATS[name]
+    form = Format(name, row.group and 16, row.scale, pad=True)
+    w = jax.random.normal(jax.random.key(0), (8, 40), jnp.float32)
+    q = nearest(w, form, None)
+    point = _point(w, q, form)
+    free = Free(jnp.zeros_like(point.level), jnp.ones_like(point.scale))
+    np.testing.assert_allclose(_values(w, point, free, form), dequantize_array(q), rtol=1e-6, atol=1e-7)
+    stored = dequantize_array(_stored(w, point, free, form))
+    np.testing.assert_array_equal(stored, dequantize_array(q))
+    moved = Free(jnp.full_like(point.level, 0.3), jnp.full_like(point.scale, 0.7))
+    np.testing.assert_allclose(
+        _values(w, point, moved, form), dequantize_array(_stored(w, point, moved, form)), rtol=1e-6, atol=1e-7
+    )
+
+
+def test_distilled_codes_stay_and_scales_move(llama: tuple[ip.Model, Any]) -> None:
+    model, params = llama
+    text = ids(model)
+    for name in ("int4", "int4_min", "int4_zero", "nf4"):
+        start = ip.quantize(format=name, group=16)(model).convert(params)
+        how = ip.distilled(text, **HOW, batch=8, steps=12, rates=0.002)
+        found = ip.quantize(format=name, group=16, method=how)(model).convert(params)
+        for one, other in zip(start["segments"][0][0].values(), found["segments"][0][0].values(), strict=True):
+            if isinstance(one, QTensor):
+                np.testing.assert_array_equal(one.codes, other.codes)
+                assert one.scale.dtype == other.scale.dtype and not np.array_equal(one.scale, other.scale)
+
+
+def test_slopes_are_those_of_the_whole_model(llama: tuple[ip.Model, Any]) -> None:
+    """Layer by layer, against one gradient of the mean KL in one program."""
+    model, params = llama
+    text = ids(model, 96).reshape(3, 32)
+    weights = Weights.of(model.spec, params)
+    form = Format("int4_min", 16, "float32")
+    begun = {n: nearest(weights[n], form, None) for n in shapes(model.spec) if n.endswith(("attn.v", "mlp.down"))}
+    run = _Distillation(ip.distilled(steps=1), model.spec, weights, begun, text[:2], text[2:], Kept(None))
+    zero = {n: _unchanged(q) for n, q in begun.items()}
+    loss, slopes = run._slopes(zero, [1])
+    was = jax.nn.log_softmax(model.apply(params, jnp.asarray(text[1:2]))[0])
+
+    def whole(changes: Any) -> Any:
+        dense = {n: dequantize_array(_changed(q, changes[n])) for n, q in begun.items()}
+        own = ip.model.assemble(model.spec, weights.made(dense, lambda n: dense[n]))
+        now = jax.nn.log_softmax(model.apply(own, jnp.asarray(text[1:2]))[0])
+        return jnp.mean(jnp.sum(jnp.exp(was) * (was - now), -1))
+
+    want, found = jax.value_and_grad(whole)(zero)
+    assert float(loss) == pytest.approx(float(want), rel=1e-4)
+    for n, slope in slopes.items():
+        size = float(jnp.max(jnp.abs(found[n].scale)))
+        np.testing.assert_allclose(slope.scale, found[n].scale, atol=2e-3 * size)
+        np.testing.assert_allclose(
+            slope.minimum, found[n].minimum, atol=2e-3 * float(jnp.max(jnp.abs(found[n].minimum)))
+        )
+
+
+def test_held_back_windows_choose_and_a_rate_that_tears_is_left(llama: tuple[ip.Model, Any]) -> None:
+    model, params = llama
+    text = ids(model)
+    good = ip.distilled(text, **HOW, batch=8, steps=12, rates=0.002)
+    both = ip.distilled(text, **HOW, batch=8, steps=12, rates=(0.002, 0.9))
+    one, other = (ip.quantize(bits=3, group=16, method=m)(model).convert(params) for m in (good, both))
+    assert all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (one, other)), strict=True))
+    start = ip.quantize(bits=3, group=16)(model).convert(params)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torn = ip.quantize(bits=3, group=16, method=ip.distilled(text, **HOW, batch=8, steps=12, rates=0.99))(model)
+        kept = torn.convert(params)
+    assert nats(torn, kept, (model, params), text[:512]) <= nats(torn, start, (model, params), text[:512]) * 1.05
+
+
+def test_numbers_that_are_none_stop_it_with_a_word(llama: tuple[ip.Model, Any], monkeypatch: Any) -> None:
+    model, params = llama
+    own, calls = _Distillation._slopes, list[int]()
+
+    def broken(self: Any, *args: Any) -> Any:
+        calls.append(0)
+        loss, slopes = own(self, *args)
+        return (loss * jnp.nan if len(calls) > 6 else loss), slopes
+
+    monkeypatch.setattr(_Distillation, "_slopes", broken)
+    how = ip.distilled(ids(model), **HOW, batch=8, steps=12, rates=0.002)
+    stack = ip.quantize(bits=3, group=16, method=how)(model)
+    with pytest.warns(UserWarning, match="the best state before it is kept"):
+        kept = stack.convert(params)
+    assert len(calls) == 7
+    assert all(bool(jnp.isfinite(x.astype(jnp.float32)).all()) for x in jax.tree.leaves(kept))
+
+
+def test_the_head_takes_part() -> None:
+    model = ip.models.llama(layers=2, dim=32, vocab=61, tied=False)
+    params = model.init(jax.random.key(0))
+    params["final_norm"] = jnp.exp(1.5 * jax.random.normal(jax.random.key(1), (32,), jnp.float32))  # inputs unlike
+    text = ids(model)
+    learned, trained = ip.autoround(text, **HOW, steps=10, rate=0.01), ip.distilled(text, **HOW, batch=8, rates=0.01)
+    for how, most in ((learned, 0.999), (trained, 0.9)):
+        plain, better = (
+            nats(s, s.convert(params), (model, params), text[:1024])
+            for s in (ip.quantize(bits=3, group=16, where="head", method=m)(model) for m in (None, how))
+        )
+        assert better < most * plain
+
+
+@pytest.mark.parametrize("method", [ip.autoround, ip.distilled])
+def test_the_same_bytes_each_time_and_others_of_another_seed(method: Any, llama: tuple[ip.Model, Any]) -> None:
+    model, params = llama
+    how = dict(text=ids(model), **HOW, steps=6)
+    one, two, other = (
+        jax.tree.leaves(ip.quantize(bits=3, group=16, method=method(**how, seed=seed))(model).convert(params))
+        for seed in (0, 0, 1)
+    )
+    assert all(np.array_equal(a, b) for a, b in zip(one, two, strict=True))
+    assert not all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: ip.autoround(steps=0), "steps=0"), (lambda: ip.autoround(rate=0.6), "rate=0.6"),
+        (lambda: ip.autoround(start="gptq"), "start='gptq'"), (lambda: ip.autoround(seed=-1), "seed=-1"),
+        (lambda: ip.distilled(rates=()), "rates="), (lambda: ip.distilled(rates="fast"), "rates='fast'"),
+        (lambda: ip.distilled(batch=True), "batch=True"), (lambda: ip.distilled(start=3), "start=3"),
+        (lambda: ip.distilled(seed=1.5), "seed=1.5"), (lambda: ip.distilled(text=2.5), "to read"),
+    ],
+)  # fmt: skip
+def test_arguments_that_are_none_are_refused(make: Any, said: str) -> None:
+    with pytest.raises(InfoptError, match=said):
+        make()
+
+
+def test_what_cannot_be_learned_is_refused(llama: tuple[ip.Model, Any]) -> None:
+    model, params = llama
+    text = ids(model)
+    for form, how, said in [
+        ("nf4", ip.autoround(text, **HOW), "no whole numbers"),
+        ("mxfp4", ip.distilled(text, **HOW), "cannot be trained"),
+        ("bf16", ip.distilled(text, **HOW), "has no grid"),
+        ("int4", ip.distilled(text[:40], length=32), "1 window"),
+    ]:
+        with pytest.raises(InfoptError, match=said) as e:
+            ip.quantize(format=form, group=None if form == "bf16" else 16, method=how)(model).convert(params)
+        assert e.value.fix
