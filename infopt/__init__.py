@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from infopt.io import load
     from infopt.io.export import export
     from infopt.io.saved import save
-    from infopt.methods import autoround, distilled, gptq
-    from infopt.model import Emitted, Model, define, trainable
+    from infopt.methods import autoround, awq, distilled, gptq, smoothquant
+    from infopt.model import Emitted, Model, Stream, define, trainable
     from infopt.nnx import from_nnx, to_nnx
     from infopt.planner import Plan, plan
     from infopt.qtensor import Format, QTensor
@@ -84,8 +84,8 @@ _NAMES = {
     "io": ("load",),
     "io.export": ("export",),
     "io.saved": ("save",),
-    "methods": ("autoround", "distilled", "gptq"),
-    "model": ("Emitted", "Model", "define", "trainable"),
+    "methods": ("autoround", "awq", "distilled", "gptq", "smoothquant"),
+    "model": ("Emitted", "Model", "Stream", "define", "trainable"),
     "nnx": ("from_nnx", "to_nnx"),
     "planner": ("Plan", "plan"),
     "qtensor": ("Format", "QTensor"),

@@ -49,6 +49,33 @@ class Attend(Protocol):
 # ---------------------------------------------------------------------------------------------------------- families
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Stream:
+    """How a family's layers read and write the residual stream: what can be folded into what, and nothing changes.
+
+    Names are those within a layer, as `attn.q`, or those outside of layers, as `head`. What a layer lacks is passed
+    over. `<name>_bias` belongs to the norm or matrix `<name>`, where there is one.
+
+    Args:
+      reads: for each norm of the stream, all matrices that read what it gives: scaling its weight (and bias) by s,
+        channel by channel, is scaling their columns.
+      writes: all matrices whose output is added to the stream (weighted by a number a token, if it is an expert's).
+      feeds: pairs of matrices of which row i of the first, its bias too, goes into column i of the second, linearly:
+        scaling row i by s is scaling column i. Where the second has more columns, heads of values are shared: head h
+        of its columns is fed by head h * kv_heads // heads of the first's rows.
+      tables: whose rows are added to the stream at its start.
+      offset: a norm's weight w multiplies by w + offset.
+      unrotatable: why the stream cannot be rotated; "" where it can.
+    """
+
+    reads: Mapping[str, tuple[str, ...]]
+    writes: tuple[str, ...]
+    feeds: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    tables: tuple[str, ...] = ("embed",)
+    offset: float = 0.0
+    unrotatable: str = ""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Family:
     """A model definition: pure functions over a config. Made by `define` and `define_whole`."""
@@ -61,6 +88,7 @@ class Family:
     final: Callable[[Any, Params, Array], Array] | None = None
     logits: Callable[[Any, Array], Array] | None = None
     whole: Callable[..., Array] | None = None
+    stream: Stream | None = None
 
 
 FAMILIES: dict[str, Family] = {}
@@ -75,6 +103,7 @@ def define(
     block: Callable[..., tuple[Array, Any]],
     final: Callable[..., Array],
     logits: Callable[..., Array] | None = None,
+    stream: Stream | None = None,
 ) -> Family:
     """Join a family to the library: afterwards every transform works on it.
 
@@ -89,11 +118,13 @@ def define(
         in the config's period.
       final: `(config, params, x) -> hidden`, what the head reads.
       logits: `(config, logits) -> logits`, float32: a soft-cap, say; nothing by default.
+      stream: what reads and writes the residual stream, for transforms that fold one weight into another; without it
+        they refuse.
 
     Returns:
       The family; `Model.of(family, config)` is a model.
     """
-    return _join(Family(name, config, init, embed, block, final, logits))
+    return _join(Family(name, config, init, embed, block, final, logits, stream=stream))
 
 
 def define_whole(
@@ -153,6 +184,44 @@ def shapes(spec: Spec) -> dict[str, tuple[int, ...]]:
     """Every logical name of a Spec's weights, with the shape of what it stands for."""
     family_of(spec)
     return {name: leaf.shape for name, leaf in _abstract(spec.family, spec.config).items()}
+
+
+def stream_of(spec: Spec) -> Stream:
+    """The family's `Stream` with the full names of this Spec's weights, of every layer.
+
+    Raises:
+      InfoptError: the family does not say, or names what no layer has.
+
+    >>> import infopt as ip
+    >>> stream_of(ip.models.llama(layers=2).spec).reads["layers.1.attn_norm"]
+    ('layers.1.attn.q', 'layers.1.attn.k', 'layers.1.attn.v')
+    """
+    stream, known = family_of(spec).stream, shapes(spec)
+    if stream is None:
+        raise InfoptError(
+            f"it is not known what reads and writes the residual stream of a {spec.family}.",
+            why="a weight can be folded only into all that read what it scales.",
+            fix="ip.define(..., stream=ip.Stream(reads=..., writes=...))",
+        )
+    prefixes = ["", *(f"layers.{i}." for i in range(spec.config.layers))]
+    given = {*stream.reads, *stream.writes, *stream.feeds, *stream.tables, *stream.feeds.values()}
+    for name in sorted(given.union(*stream.reads.values()) - {"head"}):  # which a tied model has not
+        if not any(prefix + name in known for prefix in prefixes):
+            raise InfoptError(
+                f"the Stream of {spec.family} names {name!r}, which no layer has.",
+                why="its names are those of the family's own weights.",
+                fix=nearest(name, [n.split(".", 2)[-1] if n.startswith("layers.") else n for n in known]),
+            )
+
+    def full(prefix: str, names: Iterable[str]) -> tuple[str, ...]:
+        return tuple(prefix + n for n in names if prefix + n in known)
+
+    return dataclasses.replace(
+        stream,
+        reads={p + n: full(p, readers) for p in prefixes for n, readers in stream.reads.items() if p + n in known},
+        writes=tuple(n for p in prefixes for n in full(p, stream.writes)),
+        feeds={p + a: p + b for p in prefixes for a, b in stream.feeds.items() if full(p, (a, b)) == (p + a, p + b)},
+    )
 
 
 def is_matrix(name: str, shape: tuple[int, ...]) -> bool:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from infopt import ops
 from infopt.errors import InfoptError
-from infopt.model import Attend, Family, Model
+from infopt.model import Attend, Family, Model, Stream
 from infopt.spec import Config, RopeScaling, Window
 from infopt.typing import Array, Params
 
@@ -78,6 +78,33 @@ def expert_shapes(c: DecoderConfig, experts: int) -> Shapes:
         "mlp.experts.up": (experts, c.mlp, c.dim),
         "mlp.experts.down": (experts, c.dim, c.mlp),
     }
+
+
+SWIGLU_STREAM = Stream(
+    reads={
+        "attn_norm": ("attn.q", "attn.k", "attn.v"),
+        "mlp_norm": ("mlp.gate", "mlp.up"),
+        "final_norm": ("head",),
+    },
+    writes=("attn.o", "mlp.down"),
+    feeds={"attn.v": "attn.o", "mlp.up": "mlp.down"},
+)
+"""A norm before each half, SwiGLU."""
+EXPERTS_STREAM = dataclasses.replace(
+    SWIGLU_STREAM,
+    reads={**SWIGLU_STREAM.reads, "mlp_norm": ("mlp.router", "mlp.experts.gate", "mlp.experts.up")},
+    writes=("attn.o", "mlp.experts.down"),
+    feeds={"attn.v": "attn.o", "mlp.experts.up": "mlp.experts.down"},
+)
+"""The same with experts."""
+SANDWICH_STREAM = dataclasses.replace(
+    SWIGLU_STREAM,
+    writes=(),
+    offset=1.0,
+    unrotatable="a norm scales what each half gives, channel by channel, before it is added to the stream: its weights "
+    "can be folded into nothing.",
+)
+"""A norm on both sides of each half, GeGLU, norms stored minus one."""
 
 
 def random_weights(c: Any, key: Array, layer: Shapes, norm: float = 1.0) -> dict[str, Array]:

@@ -79,7 +79,9 @@ def logits(c: Gemma2Config, y: Array) -> Array:
     return y if c.logit_cap is None else jnp.tanh(y / jnp.float32(c.logit_cap)) * jnp.float32(c.logit_cap)
 
 
-GEMMA2 = define("gemma2", Gemma2Config, init=init, embed=embed, block=block, final=final, logits=logits)
+GEMMA2 = define(
+    "gemma2", Gemma2Config, init=init, embed=embed, block=block, final=final, logits=logits, stream=base.SANDWICH_STREAM
+)
 
 
 def gemma2(**options: Any) -> Model:

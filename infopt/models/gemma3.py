@@ -93,7 +93,7 @@ def final(c: Gemma3Config, params: dict[str, Any], x: Array) -> Array:
     return ops.rms_norm(x, params["final_norm"], None, c.norm_eps, offset=1.0)
 
 
-GEMMA3 = define("gemma3", Gemma3Config, init=init, embed=embed, block=block, final=final)
+GEMMA3 = define("gemma3", Gemma3Config, init=init, embed=embed, block=block, final=final, stream=base.SANDWICH_STREAM)
 
 
 def gemma3(**options: Any) -> Model:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from infopt import ops
-from infopt.model import Attend, Model, define
+from infopt.model import Attend, Model, Stream, define
 from infopt.models import base
 from infopt.spec import Config
 from infopt.typing import Array
@@ -68,7 +68,14 @@ def final(c: GPT2Config, params: dict[str, Any], x: Array) -> Array:
     return ops.layer_norm(x, params["final_norm"], params["final_norm_bias"], None, c.norm_eps)
 
 
-GPT2 = define("gpt2", GPT2Config, init=init, embed=embed, block=block, final=final)
+STREAM = Stream(
+    reads={"attn_norm": ("attn.q", "attn.k", "attn.v"), "mlp_norm": ("mlp.up",), "final_norm": ("head",)},
+    writes=("attn.o", "mlp.down"),
+    feeds={"attn.v": "attn.o"},
+    tables=("embed", "positions"),
+    unrotatable="LayerNorm takes the mean over channels off, which a rotation mixes with the others.",
+)
+GPT2 = define("gpt2", GPT2Config, init=init, embed=embed, block=block, final=final, stream=STREAM)
 
 
 def gpt2(**options: Any) -> Model:

@@ -65,7 +65,8 @@ def block(c: GptOssConfig, phase: int, p: dict[str, Any], x: Array, layer: Any, 
     return x + base.experts(p, h, layer, share, gated), cache
 
 
-GPT_OSS = define("gpt_oss", GptOssConfig, init=init, embed=base.embed, block=block, final=base.final)
+STREAM = dataclasses.replace(base.EXPERTS_STREAM, feeds={"attn.v": "attn.o"})  # what the up projection gives is clamped
+GPT_OSS = define("gpt_oss", GptOssConfig, init=init, embed=base.embed, block=block, final=base.final, stream=STREAM)
 
 
 def gpt_oss(**options: Any) -> Model:

@@ -32,7 +32,9 @@ def block(c: LlamaConfig, phase: int, p: dict[str, Any], x: Array, layer: Any, a
     return x + base.swiglu(p, h, layer), cache
 
 
-LLAMA = define("llama", LlamaConfig, init=init, embed=base.embed, block=block, final=base.final)
+LLAMA = define(
+    "llama", LlamaConfig, init=init, embed=base.embed, block=block, final=base.final, stream=base.SWIGLU_STREAM
+)
 
 
 def llama(**options: Any) -> Model:

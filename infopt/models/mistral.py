@@ -42,7 +42,9 @@ def block(c: MistralConfig, phase: int, p: dict[str, Any], x: Array, layer: Any,
     return x + base.swiglu(p, h, layer), cache
 
 
-MISTRAL = define("mistral", MistralConfig, init=init, embed=base.embed, block=block, final=base.final)
+MISTRAL = define(
+    "mistral", MistralConfig, init=init, embed=base.embed, block=block, final=base.final, stream=base.SWIGLU_STREAM
+)
 
 
 def mistral(**options: Any) -> Model:

@@ -51,7 +51,9 @@ def block(c: MixtralConfig, phase: int, p: dict[str, Any], x: Array, layer: Any,
     return x + base.experts(p, h, layer, share), cache
 
 
-MIXTRAL = define("mixtral", MixtralConfig, init=init, embed=base.embed, block=block, final=base.final)
+MIXTRAL = define(
+    "mixtral", MixtralConfig, init=init, embed=base.embed, block=block, final=base.final, stream=base.EXPERTS_STREAM
+)
 
 
 def mixtral(**options: Any) -> Model:

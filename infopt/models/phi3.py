@@ -50,7 +50,7 @@ def block(c: Phi3Config, phase: int, p: dict[str, Any], x: Array, layer: Any, at
     return x + base.swiglu(p, h, layer), cache
 
 
-PHI3 = define("phi3", Phi3Config, init=init, embed=base.embed, block=block, final=base.final)
+PHI3 = define("phi3", Phi3Config, init=init, embed=base.embed, block=block, final=base.final, stream=base.SWIGLU_STREAM)
 
 
 def phi3(**options: Any) -> Model:

@@ -32,7 +32,9 @@ def block(c: Qwen2Config, phase: int, p: dict[str, Any], x: Array, layer: Any, a
     return x + base.swiglu(p, h, layer), cache
 
 
-QWEN2 = define("qwen2", Qwen2Config, init=init, embed=base.embed, block=block, final=base.final)
+QWEN2 = define(
+    "qwen2", Qwen2Config, init=init, embed=base.embed, block=block, final=base.final, stream=base.SWIGLU_STREAM
+)
 
 
 def qwen2(**options: Any) -> Model:

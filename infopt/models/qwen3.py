@@ -32,7 +32,9 @@ def block(c: Qwen3Config, phase: int, p: dict[str, Any], x: Array, layer: Any, a
     return x + base.swiglu(p, h, layer), cache
 
 
-QWEN3 = define("qwen3", Qwen3Config, init=init, embed=base.embed, block=block, final=base.final)
+QWEN3 = define(
+    "qwen3", Qwen3Config, init=init, embed=base.embed, block=block, final=base.final, stream=base.SWIGLU_STREAM
+)
 
 
 def qwen3(**options: Any) -> Model:

@@ -53,7 +53,9 @@ def block(c: Qwen3MoeConfig, phase: int, p: dict[str, Any], x: Array, layer: Any
     return x + base.experts(p, h, layer, share), cache
 
 
-QWEN3_MOE = define("qwen3_moe", Qwen3MoeConfig, init=init, embed=base.embed, block=block, final=base.final)
+QWEN3_MOE = define(
+    "qwen3_moe", Qwen3MoeConfig, init=init, embed=base.embed, block=block, final=base.final, stream=base.EXPERTS_STREAM
+)
 
 
 def qwen3_moe(**options: Any) -> Model:

@@ -48,7 +48,9 @@ def block(c: SmolLM3Config, phase: int, p: dict[str, Any], x: Array, layer: Any,
     return x + base.swiglu(p, h, layer), cache
 
 
-SMOLLM3 = define("smollm3", SmolLM3Config, init=init, embed=base.embed, block=block, final=base.final)
+SMOLLM3 = define(
+    "smollm3", SmolLM3Config, init=init, embed=base.embed, block=block, final=base.final, stream=base.SWIGLU_STREAM
+)
 
 
 def smollm3(**options: Any) -> Model:
