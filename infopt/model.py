@@ -203,10 +203,10 @@ def stream_of(spec: Spec) -> Stream:
             why="a weight can be folded only into all that read what it scales.",
             fix="ip.define(..., stream=ip.Stream(reads=..., writes=...))",
         )
-    prefixes = ["", *(f"layers.{i}." for i in range(spec.config.layers))]
+    prefixes, dim = ["", *(f"layers.{i}." for i in range(spec.config.layers))], spec.config.dim
     given = {*stream.reads, *stream.writes, *stream.feeds, *stream.tables, *stream.feeds.values()}
     for name in sorted(given.union(*stream.reads.values()) - {"head"}):  # which a tied model has not
-        if not any(prefix + name in known for prefix in prefixes):
+        if not any(prefix + name in known for prefix in ([""] if name in stream.tables else prefixes)):
             raise InfoptError(
                 f"the Stream of {spec.family} names {name!r}, which no layer has.",
                 why="its names are those of the family's own weights.",
@@ -216,12 +216,19 @@ def stream_of(spec: Spec) -> Stream:
     def full(prefix: str, names: Iterable[str]) -> tuple[str, ...]:
         return tuple(prefix + n for n in names if prefix + n in known)
 
-    return dataclasses.replace(
-        stream,
-        reads={p + n: full(p, readers) for p in prefixes for n, readers in stream.reads.items() if p + n in known},
-        writes=tuple(n for p in prefixes for n in full(p, stream.writes)),
-        feeds={p + a: p + b for p in prefixes for a, b in stream.feeds.items() if full(p, (a, b)) == (p + a, p + b)},
-    )
+    reads = {p + n: full(p, readers) for p in prefixes for n, readers in stream.reads.items() if p + n in known}
+    writes = tuple(n for p in prefixes for n in full(p, stream.writes))
+    last = [*reads, *stream.tables, *(n for each in reads.values() for n in each)]
+    outputs = [(n, known[n][-2] if is_matrix(n, known[n]) else 0) for n in writes]
+    for name, width in [*((n, known[n][-1]) for n in last), *outputs]:
+        if width != dim:
+            raise InfoptError(
+                f"the Stream of {spec.family} names {name}, of shape {known[name]}.",
+                why=f"it reads or writes {width} channels, and the stream has {dim}.",
+                fix="matrices [out, in] that multiply the stream, or whose output is added to it",
+            )
+    feeds = {p + a: p + b for p in prefixes for a, b in stream.feeds.items() if full(p, (a, b)) == (p + a, p + b)}
+    return dataclasses.replace(stream, reads=reads, writes=writes, feeds=feeds)
 
 
 def is_matrix(name: str, shape: tuple[int, ...]) -> bool:

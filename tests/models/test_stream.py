@@ -101,11 +101,21 @@ def test_a_stream_is_asked_for_by_name() -> None:
     assert "ip.Stream(" in e.value.fix
 
 
-def test_a_name_that_no_layer_has_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("changes", "said", "fix"),
+    [
+        (dict(writes=("attn.o", "mlp.dwon")), r"names 'mlp\.dwon', which no layer has", "mlp.down"),
+        (dict(tables=("attn.q",)), r"names 'attn\.q', which no layer has", ""),
+        (dict(writes=("attn.o", "mlp.up")), r"names layers\.0\.mlp\.up, of shape", "[out, in]"),
+        (dict(writes=("attn_norm",)), r"names layers\.0\.attn_norm, of shape", "[out, in]"),
+    ],
+)
+def test_what_no_layer_has_or_is_of_another_width_is_refused(changes: Any, said: str, fix: str) -> None:
     model, _ = base_of("llama")
     own = family_of(model.spec)
-    stream = dataclasses.replace(own.stream, writes=("attn.o", "mlp.dwon"))  # type: ignore[type-var]
-    ip.define("mistyped", own.config, init=own.init, embed=own.embed, block=own.block, final=own.final, stream=stream)  # type: ignore[arg-type]
-    with pytest.raises(InfoptError, match=r"names 'mlp\.dwon', which no layer has") as e:
+    assert own.stream and own.embed and own.block and own.final
+    given: Any = dict(init=own.init, embed=own.embed, block=own.block, final=own.final)
+    ip.define("mistyped", own.config, **given, stream=dataclasses.replace(own.stream, **changes))
+    with pytest.raises(InfoptError, match=said) as e:
         stream_of(model.spec.replace(family="mistyped"))
-    assert "mlp.down" in e.value.fix
+    assert fix in e.value.fix
