@@ -43,14 +43,16 @@ class Layer:
     """A layer whose turn it is; the head is the last one, its inputs what `final` gives.
 
     Args:
+      spec: of the stack.
       prefix: of its logical names: "layers.3."; "" for the head.
       names: of its matrices that are to be changed, within it.
-      p: its weights by name within it, as they were.
+      p: its weights by name within it, as they were; for the head, all that are outside of layers.
       inputs: what the changed layers before it give, `[B, T, D]`, some windows of tokens each.
       targets: what it gives itself where nothing was changed before it, or None where nobody asked.
       run: compiled once for all layers of its kind.
     """
 
+    spec: Spec
     prefix: str
     names: tuple[str, ...]
     p: dict[str, Any]
@@ -172,16 +174,16 @@ def by_layer(
             mine = tuple(sorted(n for n in p if f"layers.{i}.{n}" in names))
             aims = None if plain is None else [run(p, x) for x in plain]
             if mine:
-                p |= turn(Layer(f"layers.{i}.", mine, p, xs, aims, run, tapped))
+                p |= turn(Layer(spec, f"layers.{i}.", mine, p, xs, aims, run, tapped))
             xs, plain = [run(p, x) for x in xs], aims
             show(i + 1)
     if outside:
         run, tapped = _head(spec)
         final = jax.jit(functools.partial(family.final, spec.config))  # type: ignore[arg-type]
         xs = [final(top, x) for x in xs]
-        p = {"head": jax.tree.map(jnp.asarray, top["head"])}
+        p = jax.tree.map(jnp.asarray, top)
         aims = None if plain is None else [run(p, final(top, x)) for x in plain]
-        turn(Layer("", ("head",), p, xs, aims, run, tapped))
+        turn(Layer(spec, "", ("head",), p, xs, aims, run, tapped))
     return found
 
 
