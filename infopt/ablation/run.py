@@ -28,7 +28,7 @@ import numpy as np
 from infopt import texts
 from infopt.ablation.table import METRICS, USUAL, Row, Table, write
 from infopt.errors import CheckpointError, EvaluationError, InfoptError, nearest
-from infopt.evaluate import Windows, check_windows, greedy_agreement, kept, measure, windows
+from infopt.evaluate import Windows, check_disjoint, check_windows, greedy_agreement, kept, measure, windows
 from infopt.formats import FORMATS
 from infopt.generation import BUCKETS
 from infopt.io import disk
@@ -116,8 +116,8 @@ def ablate(
       A table, the base first, then the stacks in their order.
 
     Raises:
-      EvaluationError: no such metric, text that cannot be scored, or a folder with another model's rows, or one that
-        another process is measuring into.
+      EvaluationError: no such metric, text that cannot be scored or that a stack's method read, or a folder with
+        another model's rows, or one that another process is measuring into.
       CheckpointError: the folder cannot be written.
       TransformOrderError, InfoptError: a stack cannot be made; before anything is measured.
 
@@ -151,6 +151,8 @@ def ablate(
             fix="a text, and a model with its tokenizer; or leave the metric out",
         )
     check_windows(cut, model)
+    for row, stack in made.items():
+        _check_apart(row, stack, model, cut)
     slots = min(SLOTS if slots is None else slots, model.spec.config.context)
     new = min(DECODED if slots <= SLOTS and _values(model) < LARGE else DECODED_FEW, slots // 2)
     about = _about(model, params, name, what, cut, seed, extra)
@@ -222,6 +224,17 @@ def _extras(stack: Model, model: Model) -> set[str]:
         found |= set(stack.transform.extras)
         stack = stack.parent
     return found
+
+
+def _check_apart(row: str, stack: Model, model: Model, cut: Windows) -> None:
+    """Raise where a stack's transforms read of the text that it is to be measured on."""
+    while stack != model and stack.parent is not None and stack.transform is not None:
+        try:
+            if read := stack.transform.reads(stack.parent):
+                check_disjoint(read, cut)
+        except EvaluationError as error:
+            raise EvaluationError(f"{row}: {error.what}", why=error.why, fix=error.fix) from error
+        stack = stack.parent
 
 
 def _cached(stack: Model) -> Model:

@@ -85,6 +85,11 @@ class Method(abc.ABC):
         ]
         return f"{self.name}({', '.join(given)})"
 
+    def reads(self, model: Model) -> list[np.ndarray]:
+        """All that is read, rows of token ids; a method that starts from another reads that one's text too."""
+        start = getattr(self, "start", None)
+        return [*self.windows(model), *([] if start is None else start.reads(model))]
+
     def windows(self, model: Model) -> np.ndarray:
         """The tokens `[N, length]` that are read, equally spaced in the text.
 

@@ -57,6 +57,10 @@ class Transform(abc.ABC):
         """A hash of the arrays that this transform holds; "" where it holds none."""
         return ""
 
+    def reads(self, model: Model) -> list[Any]:
+        """The texts that `params` looks at, as rows of token ids: what they are measured on must be another."""
+        return []
+
     @property
     def steps(self) -> tuple[Transform, ...]:
         """The transforms that this one is made of, first applied first."""

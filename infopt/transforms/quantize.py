@@ -157,6 +157,9 @@ class Quantize(Transform):
     def digest(self) -> str:
         return "" if self.method is None else self.method.digest()
 
+    def reads(self, model: Model) -> list[Any]:
+        return [] if self.method is None else self.method.reads(model)
+
     def __repr__(self) -> str:
         given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         usual = {f.name: f.default for f in dataclasses.fields(self)}

@@ -324,3 +324,15 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(
     with pytest.raises(CheckpointError, match="cannot be written"):
         ablate({}, out="/proc/rows")
     assert measured == []
+
+
+def test_a_text_that_a_method_read_is_not_measured_on() -> None:
+    model = ip.models.llama(vocab=32, context=64)
+    params, text = model.init(jax.random.key(0)), np.random.default_rng(0).integers(0, 32, 600)
+    method = ip.gptq(text[:200], tokens=128, length=64)
+    for how in (method, ip.distilled(text[400:], tokens=128, length=64, start=method)):
+        stack = ip.quantize(bits=4, group=32, method=how) | ip.cache_kv()
+        with pytest.raises(EvaluationError, match="mine: calibration and evaluation overlap"):
+            ip.ablate(model, params, {"mine": stack}, text=text[100:400].tolist(), metrics=["ppl"])
+    table = ip.ablate(model, params, {"mine": stack}, text=text[200:400].tolist(), metrics=["ppl"])
+    assert len(table.rows) == 2
