@@ -409,21 +409,25 @@ def _alone(logp: Array, target: Array) -> tuple[Array, ...]:
     return _target(logp, target)
 
 
-@jax.jit
-def _against(logp: Array, target: Array, base: Array) -> tuple[Array, ...]:
-    """The same, KL(base || model), and whether both have the same likeliest word.
+def divergence(logp: Array, base: Array) -> Array:
+    """KL(base || model) `[P]` of log-probabilities `[P, V]`.
 
-    KL is summed as p (exp(d) - 1 - d), d = log q - log p: the same, as q sums to 1, but no term is negative, and the
+    Summed as p (exp(d) - 1 - d), d = log q - log p: the same, as q sums to 1, but no term is negative, and the
     rounding of the two normalisers hardly counts.
     """
     p, q, d = jnp.exp(base), jnp.exp(logp), logp - base
     near = p * jnp.where(jnp.abs(d) < 0.01, d * d * (0.5 + d / 6), jnp.expm1(d) - d)
     kl = jnp.where(d == 0, 0.0, jnp.where(d < 1, near, q - p - p * d))
-    kl = jnp.sum(jnp.where(p == 0, q, kl), 1)
+    return jnp.sum(jnp.where(p == 0, q, kl), 1)
+
+
+@jax.jit
+def _against(logp: Array, target: Array, base: Array) -> tuple[Array, ...]:
+    """The same, KL(base || model), and whether both have the same likeliest word."""
     top = jnp.max(logp, 1) + jnp.max(base, 1)
     agree = (jnp.argmax(logp, 1) == jnp.argmax(base, 1)).astype(jnp.float32)
     agree = jnp.where(jnp.isnan(top), jnp.nan, agree)
-    return (*_target(logp, target), kl, agree)
+    return (*_target(logp, target), divergence(logp, base), agree)
 
 
 def _batch(batch: int | None, length: int) -> int:

@@ -35,6 +35,7 @@ ROOMS: list[tuple[str, ...]] = [
     ("generation",),
     ("planner", "chat", "train", "timing", "evaluate", "audit"),
     ("ablation",),
+    ("budget",),
     ("testing",),
     ("infopt",),  # the package's own face, which gathers what is above it
     ("bench", "tpu"),
