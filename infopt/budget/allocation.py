@@ -35,26 +35,47 @@ def allocate(kl: np.ndarray, bits: np.ndarray, groups: np.ndarray, budget: float
     def fits(choice: np.ndarray) -> bool:
         return _total(bits, choice) <= budget
 
+    def narrowed(choice: np.ndarray) -> np.ndarray:
+        """The same runs, a format narrower where that costs least a bit, until it fits."""
+        starts, of_runs = _of_runs((kl, bits), groups, choice)
+        own = choice[starts]
+        while (over := _total(of_runs[1], own) - budget) > 0:
+            loss, saved = (sign * _changes(x, own) for sign, x in zip((1, -1), of_runs))
+            each = np.where(saved > 0, loss / np.minimum(np.maximum(saved, 1e-9), over), np.inf)
+            run, key, form = np.unravel_index(each.argmin(), each.shape)
+            own[run, key] = form
+        return np.repeat(own, np.diff(np.append(starts, len(groups))), 0)
+
     low, high = 0.0, float(kl.sum() + EPS)  # a bit at least is saved, so none is worth more
     found = [cheapest(low)]
     if not fits(found[0]):
-        found = [cheapest(high)]
+        found += [cheapest(high)]
         low = high * 1e-30
         for _ in range(HALVINGS):
             price = float(np.sqrt(low * high))
-            choice = cheapest(price)
-            if fits(choice):
-                high = price
-                found.append(choice)
-            else:
-                low = price
-    distinct = {choice.tobytes(): choice for choice in found}.values()
+            found.append(cheapest(price))
+            low, high = (low, price) if fits(found[-1]) else (price, high)
+    distinct = {choice.tobytes(): choice for choice in map(narrowed, found)}.values()
     polished = [_exchanged(kl, bits, groups, budget, choice) for choice in distinct]
     return min(polished, key=lambda choice: (_total(kl, choice), _total(bits, choice)))
 
 
 def _total(x: np.ndarray, choice: np.ndarray) -> float:
     return float(np.take_along_axis(x, choice[..., None], 2).sum())
+
+
+def _changes(x: np.ndarray, choice: np.ndarray) -> np.ndarray:
+    """How much more it is, for each format in place of the chosen one."""
+    return x - np.take_along_axis(x, choice[..., None], 2)
+
+
+def _of_runs(
+    each: tuple[np.ndarray, ...], groups: np.ndarray, choice: np.ndarray
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Where the runs of a choice begin, and sums over each of them."""
+    new = np.any(choice[1:] != choice[:-1], 1) | (groups[1:] != groups[:-1])
+    starts = np.concatenate([[0], np.flatnonzero(new) + 1])
+    return starts, [np.add.reduceat(x, starts, 0) for x in each]
 
 
 def _apart(groups: np.ndarray) -> np.ndarray:
@@ -87,22 +108,20 @@ def _runs(cost: np.ndarray, apart: np.ndarray, most: int) -> np.ndarray:
 
 def _exchanged(kl: np.ndarray, bits: np.ndarray, groups: np.ndarray, budget: float, choice: np.ndarray) -> np.ndarray:
     """The choice with the formats of one run's key, or of two, exchanged for others as long as KL falls."""
-    new = np.any(choice[1:] != choice[:-1], 1) | (groups[1:] != groups[:-1])
-    starts = np.concatenate([[0], np.flatnonzero(new) + 1])
-    of_runs = [np.add.reduceat(x, starts, 0) for x in (kl, bits)]
+    starts, of_runs = _of_runs((kl, bits), groups, choice)
     own = choice[starts]
     runs, keys, forms = of_runs[0].shape
     place = np.append(np.repeat(np.arange(runs * keys), forms), -1)  # the last one is no exchange
     while True:
         less, more = (  # of KL and of bits, if this key of a run had that format
-            np.append((x - np.take_along_axis(x, own[..., None], 2)).reshape(-1), 0.0) for x in of_runs
+            np.append(_changes(x, own), 0.0) for x in of_runs
         )
-        room = budget - float(np.take_along_axis(of_runs[1], own[..., None], 2).sum())
+        room = budget - _total(of_runs[1], own)
         possible = (place[:, None] != place[None]) & (more[:, None] + more[None] <= room)
         both = np.where(possible, less[:, None] + less[None], np.inf)
         pair = np.unravel_index(both.argmin(), both.shape)
         if not both[pair] < -EPS:
-            return own[np.repeat(np.arange(runs), np.diff(np.append(starts, len(groups))))]
+            return np.repeat(own, np.diff(np.append(starts, len(groups))), 0)
         for move in map(int, pair):
             if place[move] >= 0:
                 own[np.unravel_index(place[move], (runs, keys))] = move % forms
