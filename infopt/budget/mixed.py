@@ -138,8 +138,8 @@ class Mixed:
         if self.actual is not None:
             found += f", measured {self.actual:.3g} ({self.error:+.0%})"
         return (
-            f"{s.spec.family}, {self.bits:.4g} {of} of {self.budget:g} in {self.bytes:,} bytes, {self.segments} "
-            f"segments: {found} nats a token, on {s.tokens:,} tokens (digest {s.windows[:8]})"
+            f"{s.spec.family}, {self.bits:.4g} {of} of {self.budget:g} in {self.bytes:,} bytes, segments: "
+            f"{self.segments}; {found} nats a token, on {s.tokens:,} tokens (digest {s.windows[:8]})"
         )
 
     def _cells(self) -> list[dict[str, str]]:
@@ -176,7 +176,8 @@ def mixed(
       model, params: as for `sensitivity`.
       budget: bits a weight, the mean over the matrices chosen for; the rest of the model does not count.
       formats: bits or formats to choose from, all of them in groups of `group`; 3, 4 and 8 bits by default. How narrow
-        they are decides which budgets can be met: 4 bits in groups of 64 take 4.25, with a minimum 4.5.
+        they are decides which budgets can be met: 4 bits in groups of 64 take a hair more than 4.25 stored bits, with a
+        minimum 4.5.
       group: inputs that share a scale; by default each format's own.
       segments: runs of layers of equal formats, at most; each is compiled apart. More serve the budget better.
       count: "stored": all bits, those of scales and of the rounding's error (4 bytes a matrix) included; "codes": codes
