@@ -169,6 +169,8 @@ def test_the_plot_has_a_panel_a_format(base: tuple[ip.Model, Any], how: dict[str
         kind = "all" if "by" in how else name.split(".", 2)[-1]
         layer = int(name.split(".")[1]) if name.startswith("layers.") else 0
         assert shown[kinds.index(kind), layer] == found[name]["int4"]
+    rows = {"embed": 4}  # what lies outside the layers fills its row
+    assert np.isfinite(np.ma.filled(shown, np.nan)).sum() == sum(rows.get(name, 1) for name in found.names)
     assert figure.png().startswith(b"\x89PNG")
 
 
