@@ -240,6 +240,11 @@ def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
     return len(shape) > 1 and not name.endswith("_bias")
 
 
+def as_run(spec: Spec, p: Mapping[str, Any]) -> dict[str, Any]:
+    """A layer's weights, by their names within it, as a block is handed them."""
+    return {name: ops.Turned(w) if name in spec.online else w for name, w in p.items()}
+
+
 @dataclasses.dataclass(frozen=True)
 class Segment:
     """A run of blocks of one structure; a block is one period of layers.
@@ -722,7 +727,8 @@ def _build_plain(spec: Spec) -> Functions:
             def layers(x: Array, p: Any, layer: Any, cache: Any, attends: Any = attends) -> tuple[Array, Any]:
                 new = []
                 for phase, attend in enumerate(attends):
-                    x, c = block(config, phase, p[phase], x, layer, attend, None if cache is None else cache[phase])
+                    own, old = as_run(spec, p[phase]), None if cache is None else cache[phase]
+                    x, c = block(config, phase, own, x, layer, attend, old)
                     new.append(c)
                 return x, tuple(new)
 
@@ -1110,6 +1116,7 @@ def spec_from_json(text: str) -> Spec:
             codec(x["kv"]),
             x["page"],
             None if x["program"] is None else Speculation(spec(x["program"]["draft"]), x["program"]["k"]),
+            tuple(x.get("online", ())),
         )
 
     try:

@@ -14,6 +14,7 @@ import jaxlib.version
 import numpy as np
 
 from infopt import cache as kv
+from infopt import hadamard
 from infopt.kernels.decode_attention import decode_attention
 from infopt.kernels.flash_attention import flash_attention
 from infopt.kernels.flash_attention.sums import joined, with_sink_logits
@@ -68,6 +69,14 @@ class Tapped:
     routed: bool = False
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["weight"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Turned:
+    """A weight whose input is multiplied by the Hadamard matrix of its width first."""
+
+    weight: Any
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _tap(routed: bool, x: Array, y: Array, gram: Array, peak: Array) -> Array:
     return y
@@ -102,6 +111,8 @@ def linear(x: Float[Array, "*B I"], weights: Any, layer: Any = None, bias: Any =
     if isinstance(weights, tuple):
         biases = (None,) * len(weights) if bias is None else bias
         return tuple(linear(x, w, layer, b) for w, b in zip(weights, biases, strict=True))
+    if isinstance(weights, Turned):
+        return linear(hadamard.turned(x), weights.weight, layer, bias)
     w = _at(weights, layer)
     rows = x.reshape(-1, x.shape[-1])
     if isinstance(w, Tapped):
@@ -389,20 +400,12 @@ def _attend_late(
     return out.astype(q.dtype), lse, cache
 
 
-@functools.cache
-def _hadamard(width: int) -> np.ndarray:
-    """Sylvester's matrix, orthonormal: the entry's sign is the parity of the ones that row and column share."""
-    signs = [[(-1) ** (row & column).bit_count() for column in range(width)] for row in range(width)]
-    return np.asarray(signs, np.float32) * np.float32(width**-0.5)
-
-
 def rotated(x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
     """x times the orthonormal Hadamard matrix, which spreads an outlier over all channels and keeps products.
 
     As QuaRot turns keys after their rope (Ashkboos et al. 2024, "QuaRot", section 4). D is a power of two.
     """
-    y = jnp.matmul(x.astype(jnp.float32), jnp.asarray(_hadamard(x.shape[-1])), precision=jax.lax.Precision.HIGHEST)
-    return y.astype(x.dtype)
+    return hadamard.turned(x)
 
 
 def random_weights(key: Array, shapes: dict[str, tuple[int, ...]], norm: float = 1.0) -> dict[str, Array]:

@@ -131,10 +131,16 @@ def round_keys(k: Float64, codec: Any) -> Float64:
 
 
 def hadamard(width: int) -> Float64:
-    """The orthonormal Hadamard matrix, by doubling."""
+    """The orthonormal Hadamard matrix, by doubling; where 3 divides the width, of Paley's matrix of order 12."""
     h = np.ones((1, 1))
+    if width % 3 == 0:
+        i, j = np.indices((11, 11))
+        q = np.where(i == j, 0.0, np.where(pow(i - j, 5) % 11 == 1, 1, -1))  # Euler: the squares modulo 11
+        h = np.eye(12) + np.block([[np.zeros((1, 1)), np.ones((1, 11))], [-np.ones((11, 1)), q]])
     while len(h) < width:
-        h = np.block([[h, h], [h, -h]])
+        h = np.kron(h, [[1, 1], [1, -1]])
+    if len(h) != width:
+        raise NotImplementedError(f"the numpy reference has no Hadamard matrix of order {width}.")
     return h / np.sqrt(width)
 
 
@@ -301,6 +307,8 @@ def decoder(
     x = embed[tokens]
     for i in range(c.layers):
         p = Layer(weights, i)
+        for name in spec.online:
+            p.values[name] = p[name] @ hadamard(p[name].shape[-1]).T
         h = rms_norm(x, p["attn_norm"], c.norm_eps)
         q, k, v = (p.heads(h, f"attn.{n}", c.head_dim) for n in "qkv")
         if "attn.q_norm" in p.values:

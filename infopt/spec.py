@@ -196,6 +196,7 @@ class Spec:
       kv: the codec of keys and values (None: as computed). Apart from `cache`: recomputation goes through it too.
       page: slots in a page of the cache; None: not paged.
       program: None is plain decoding.
+      online: names within a layer of the matrices whose input is multiplied by a Hadamard matrix first, sorted.
     """
 
     family: str
@@ -207,6 +208,7 @@ class Spec:
     kv: Codec | None = None
     page: int | None = None
     program: Speculation | None = None
+    online: tuple[str, ...] = ()
 
     def format_of(self, name: str) -> Format | None:
         return dict(self.weights).get(name)
@@ -225,6 +227,8 @@ def _plain(x: Any) -> Any:
         fields = {f.name: _plain(getattr(x, f.name)) for f in dataclasses.fields(x)}
         if isinstance(x, Format) and not x.pad:
             del fields["pad"]  # as in Specs from before there was any
+        if isinstance(x, Spec) and not x.online:
+            del fields["online"]
         return fields | {"kind": x.kind} if isinstance(x, RopeScaling) else fields
     return [_plain(v) for v in x] if isinstance(x, tuple) else x
 

@@ -21,6 +21,7 @@ ROOMS: list[tuple[str, ...]] = [
     ("interop",),
     ("spec",),
     ("masks",),
+    ("hadamard",),
     ("cache",),
     ("sampling",),
     ("kernels",),

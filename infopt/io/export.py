@@ -126,6 +126,12 @@ def said_by(model: Model, form: str) -> Config:
             why=f"{form} cannot say them, and what is written would compute something else.",
             fix="export the model before cache_kv(bits=...), with its params",
         )
+    if spec.online:
+        raise CheckpointError(
+            f"a stack that turns what goes into {', '.join(spec.online)} cannot be exported.",
+            why=f"{form} cannot say it, and what is written would compute something else.",
+            fix="rotate() without online=True; ip.save keeps it, for ip.load",
+        )
     if model.tokenizer is not None and not isinstance(model.tokenizer, Tokenizer):
         raise CheckpointError(
             f"a {type(model.tokenizer).__name__} cannot be exported as the model's tokenizer.",

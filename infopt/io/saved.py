@@ -40,7 +40,7 @@ from infopt.io import disk
 from infopt.io.chat_template import ChatTemplate
 from infopt.io.checkpoint import LazyWeights, check_layers
 from infopt.io.tokenizer import Tokenizer
-from infopt.model import Model, Weights, assemble, check_params, shapes, spec_from_json
+from infopt.model import Model, Weights, assemble, check_params, is_matrix, shapes, spec_from_json
 from infopt.ops import CACHED
 from infopt.qtensor import Format, QTensor
 from infopt.spec import Recipe, Spec
@@ -369,6 +369,9 @@ def _problem(spec: Spec) -> str | None:
             fmt.check_width(width, name)
         except InfoptError as error:
             return error.one_line
+    matrices = {n.split(".", 2)[2] for n, shape in known.items() if n.startswith("layers.") and is_matrix(n, shape)}
+    if spec.online != tuple(sorted(set(spec.online) & matrices)):
+        return "it turns the input of what is no matrix of its layers"
     if spec.attention not in CACHED:
         return f"its attention, {spec.attention!r:.40}, is no implementation here"
     if spec.page is not None and spec.kv is not None and spec.kv.split and spec.page % spec.kv.split:

@@ -14,7 +14,7 @@ import numpy as np
 from infopt import ops
 from infopt.errors import InfoptError
 from infopt.methods.kept import Kept
-from infopt.model import Family, Weights, family_of, shapes
+from infopt.model import Family, Weights, as_run, family_of, shapes
 from infopt.progress import bar
 from infopt.spec import Spec
 from infopt.typing import Array
@@ -198,7 +198,9 @@ def programs(spec: Spec, phase: int, window: Any) -> tuple[Run, Callable[..., di
         at = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (batch, length))
         lengths, keep = jnp.full(batch, length, jnp.int32), jnp.ones((batch, length), bool)
         context = ops.Context(at, keep, lengths, window, spec.kv, attention=spec.attention, straight=True)
-        return block(spec.config, phase, p, x, None, functools.partial(ops.attend, context=context), None)[0]
+        return block(
+            spec.config, phase, as_run(spec, p), x, None, functools.partial(ops.attend, context=context), None
+        )[0]
 
     return jax.jit(forward), jax.jit(functools.partial(_tapped, forward), static_argnums=2)
 
