@@ -53,6 +53,7 @@ from infopt.transforms import (
     paged,
     parse_stack,
     quantize,
+    rotate,
     self_draft,
     sliding_window,
     speculative,
@@ -64,6 +65,7 @@ EXAMPLES: tuple[Transform, ...] = (
     quantize(bits=4, group=16),
     quantize(bits=8, where="layers.0.*"),
     dequantize(),
+    rotate(),
     gqa(1),
     sliding_window(6),
     sliding_window(5, sinks=2, layers=[0, 1]),
@@ -86,9 +88,11 @@ PACKINGS: tuple[Transform, ...] = (
     cache_kv(bits=2, rotate=True),
     cache_kv(bits=4, split=4, tail=3),
     flash_attention("blockwise"),
+    rotate(seed=1, online=True),
 )
 """One of each other packing: floats, minima, zero points, scales of scales, words of three bytes, four to a byte;
-keys rotated, and by channel; attention by block. Stacked in full pairs with the examples over the first family."""
+keys rotated, and by channel; attention by block; inputs turned as they come. Stacked in full pairs with the examples
+over the first family."""
 
 _SIZES = dict(layers=3, dim=32, heads=4, kv_heads=2, head_dim=16, mlp=48, vocab=61, context=64, tied=False)
 _YARN = YarnRope(factor=4.0, original_context=16, beta_fast=2.0, attention_factor=1.1)
@@ -576,7 +580,7 @@ def _combinations(shard: tuple[int, int]) -> list[Outcome]:
 def source_hash() -> str:
     """A hash of the modules that stacks are made of: what was run on other sources says nothing of these."""
     root, h = Path(__file__).parent, hashlib.sha256()
-    rooms = "cache formats kernels masks model models ops qtensor sampling spec transforms"
+    rooms = "cache formats hadamard kernels masks model models ops qtensor sampling spec transforms"
     for room in rooms.split():
         for path in sorted(root.glob(f"{room}.py")) + sorted(root.glob(f"{room}/**/*.py")):
             h.update(path.read_bytes())

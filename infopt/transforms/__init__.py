@@ -8,6 +8,7 @@ from infopt.transforms.gqa import gqa
 from infopt.transforms.paged import paged
 from infopt.transforms.parse import parse_stack, stack_option
 from infopt.transforms.quantize import quantize
+from infopt.transforms.rotate import rotate
 from infopt.transforms.sliding_window import sliding_window
 from infopt.transforms.speculative import self_draft, speculative
 
@@ -21,6 +22,7 @@ __all__ = [
     "paged",
     "parse_stack",
     "quantize",
+    "rotate",
     "self_draft",
     "sliding_window",
     "speculative",

@@ -17,12 +17,24 @@ from infopt.transforms.flash_attention import flash_attention
 from infopt.transforms.gqa import gqa
 from infopt.transforms.paged import paged
 from infopt.transforms.quantize import quantize
+from infopt.transforms.rotate import rotate
 from infopt.transforms.sliding_window import sliding_window
 from infopt.transforms.speculative import self_draft, speculative
 
 FACTORIES: dict[str, Callable[..., Any]] = {
     f.__name__: f
-    for f in (quantize, dequantize, cache_kv, flash_attention, gqa, sliding_window, paged, speculative, self_draft)
+    for f in (
+        quantize,
+        dequantize,
+        rotate,
+        cache_kv,
+        flash_attention,
+        gqa,
+        sliding_window,
+        paged,
+        speculative,
+        self_draft,
+    )
 } | METHODS
 """What a stack's text may name. A transform joins by one line here."""
 
