@@ -30,6 +30,7 @@ from infopt.io import saved
 from infopt.io.chat_template import ChatTemplate
 from infopt.io.tokenizer import Tokenizer
 from infopt.model import FAMILIES as DEFINED
+from infopt.model import stream_of
 from infopt.spec import Config
 from infopt.testing import EXAMPLES, FAMILIES, FULL, base_of, params_digest
 
@@ -88,8 +89,15 @@ def edit(path: Path, change: Callable[[Any], object]) -> None:
 # --------------------------------------------------------------------------------------------------- what comes back
 
 
-@pytest.mark.parametrize("family", FULL)
-@pytest.mark.parametrize("transform", EXAMPLES, ids=repr)
+TAKEN = [
+    (family, transform)
+    for family in FULL
+    for transform in EXAMPLES
+    if transform.name != "rotate" or not stream_of(base_of(family)[0].spec).unrotatable
+]
+
+
+@pytest.mark.parametrize(("family", "transform"), TAKEN, ids=lambda x: x if isinstance(x, str) else repr(x))
 def test_a_saved_stack_generates_the_same_tokens(family: str, transform: ip.Transform, tmp_path: Path) -> None:
     base, base_params = base_of(family)
     try:
@@ -547,6 +555,9 @@ DAMAGES: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     "scales of text": (spec(lambda x: x["weights"][0][1].update(scale="string")), "scales of an unknown type"),
     "another group": (spec(lambda x: x["weights"][0][1].update(group=8)), "and its Spec says [4, 1]"),
     "pages of nothing": (spec(set_(page=0)), "pages of 0 slots"),
+    "turned norm": (spec(set_(online=["attn_norm"])), "turns the input of what is no matrix"),
+    "turned twice": (spec(set_(online=["mlp.down", "mlp.down"])), "turns the input of what is no matrix"),
+    "turned number": (spec(set_(online=[1])), "of another kind"),
     "guesses nothing": (spec(lambda x: x["program"].update(k=0)), "guesses nothing"),
     "draft's words": (spec(lambda x: x["program"]["draft"]["config"].update(vocab=12)), "12 words, the model 11"),
     "draft's draft": (
