@@ -172,8 +172,9 @@ def rotate(seed: int = 0, online: bool = False) -> Rotate:
     Args:
       seed: of the signs. Rotating twice is exact too.
       online: whether what goes into the matrix that ends the MLP (each expert's) is multiplied by a Hadamard matrix
-        while the model runs, and the matrix by its transpose: that input has the largest outliers. Without a
-        Hadamard matrix of its width, it is turned in blocks. It takes that many products of small matrices a layer.
+        while the model runs, and the matrix by its transpose: that input has the largest outliers. Where no
+        Hadamard matrix of its width is known, it is turned in blocks. Each layer multiplies by the small factors then,
+        at every step; and what is saved so cannot be exported.
 
     Raises:
       InfoptError: the family's stream cannot be rotated, it is not known how, or its head is always its embedding.
