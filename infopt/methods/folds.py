@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -34,10 +35,14 @@ class Fold:
     is_norm: bool
 
 
-def folds_of(stream: Stream, formats: Iterable[str]) -> list[Fold]:
-    """Those that some matrix of `formats` reads; rows of matrices first, which read what norms give."""
-    rounded = {*formats}
-    found = [Fold(a, (b,), False) for a, b in stream.feeds.items() if b in rounded]
+def folds_of(stream: Stream, formats: Iterable[str], turned: Iterable[str]) -> list[Fold]:
+    """Those that some matrix of `formats` reads; rows of matrices first, which read what norms give.
+
+    The matrices that are `turned`, by their names within a layer, read channels that are mixed before.
+    """
+    rounded, mixed = {*formats}, {*turned}
+    free = {n for n in rounded if re.sub(r"^layers\.\d+\.", "", n) not in mixed}
+    found = [Fold(a, (b,), False) for a, b in stream.feeds.items() if b in free]
     return found + [Fold(n, readers, True) for n, readers in stream.reads.items() if rounded.intersection(readers)]
 
 
@@ -90,7 +95,7 @@ class Scaled(ByLayer):
 
     def gives(self, model: Model, formats: Mapping[str, Format]) -> list[str]:
         known, found = shapes(model.spec), dict.fromkeys(formats)
-        for fold in folds_of(stream_of(model.spec), formats):
+        for fold in folds_of(stream_of(model.spec), formats, model.spec.online):
             names = (fold.source, f"{fold.source}_bias", *fold.readers)
             found |= dict.fromkeys(n for n in names if n in known)
         return list(found)
@@ -98,7 +103,7 @@ class Scaled(ByLayer):
     def round(
         self, model: Model, weights: Weights, formats: Mapping[str, Format], clip: str | None, kept: Kept
     ) -> dict[str, Any]:
-        folds, packed = folds_of(stream_of(model.spec), formats), dict(model.spec.weights)
+        folds, packed = folds_of(stream_of(model.spec), formats, model.spec.online), dict(model.spec.weights)
         if not folds:
             raise InfoptError(
                 f"{self!r} has nothing to scale before {', '.join([*formats][:3])}.",
@@ -117,7 +122,7 @@ class Scaled(ByLayer):
         family, config = family_of(layer.spec), layer.spec.config
         assert family.stream is not None
         p, seen, changed = dict(layer.p), layer.statistics(), set[str]()
-        for fold in folds_of(family.stream, formats):
+        for fold in folds_of(family.stream, formats, layer.spec.online):
             readers = {n: p[n] for n in fold.readers if n in p}
             rounded = {n: formats[n] for n in readers if n in formats}
             if not any(bool(jnp.any(seen[n].peak)) for n in rounded):

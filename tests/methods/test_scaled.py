@@ -161,6 +161,22 @@ def test_heads_that_share_values_share_factors() -> None:
     assert {n.split(".", 2)[2] for n in found} == {"attn.o", "attn.v"}  # what stays dense changes with it
 
 
+def test_channels_that_are_turned_are_not_scaled() -> None:
+    model, params = ip.testing.base_of("llama")
+    turned = ip.rotate(online=True)(model)
+    own = turned.convert(params)
+    found = changed(turned, own, ip.awq(ids(model), **HOW), bits=4, group=16)
+    weights = Weights.of(turned.spec, own)
+    np.testing.assert_array_equal(
+        dequantize_array(found["layers.1.mlp.down"]), dequantize_array(nearest(weights["layers.1.mlp.down"],
+        found["layers.1.mlp.down"].format, None)))  # fmt: skip
+    stack = ip.quantize(bits=8, method=ip.smoothquant(ids(model), **HOW))(turned)
+    one, other = (
+        m.apply(p, jnp.asarray(ids(model, 32)[None]))[0] for m, p in ((model, params), (stack, stack.convert(params)))
+    )
+    assert np.abs(np.asarray(one - other)).max() < 0.2 * np.asarray(one).std()
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [
