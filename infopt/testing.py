@@ -38,6 +38,7 @@ from infopt.evaluate import measure, windows
 from infopt.generation import _compiled, generate
 from infopt.kernels.decode_attention import xla
 from infopt.kernels.flash_attention import blockwise, portable
+from infopt.methods import awq, gptq
 from infopt.model import Model, Weights, build
 from infopt.nnx import from_nnx
 from infopt.nnx.example import Transformer
@@ -76,6 +77,8 @@ EXAMPLES: tuple[Transform, ...] = (
 )
 """What the contract stacks. A transform joins by one line."""
 
+_READ = tuple(i * i * i % 61 for i in range(128))
+
 PACKINGS: tuple[Transform, ...] = (
     quantize(format="bf16"),
     quantize(format="fp8_e4m3"),
@@ -89,9 +92,12 @@ PACKINGS: tuple[Transform, ...] = (
     cache_kv(bits=4, split=4, tail=3),
     flash_attention("blockwise"),
     rotate(seed=1, online=True),
+    quantize(bits=4, group=16, method=gptq(_READ, tokens=64, length=32)),
+    quantize(bits=4, group=16, method=awq(_READ, tokens=64, length=32, grid=4)),
 )
 """One of each other packing: floats, minima, zero points, scales of scales, words of three bytes, four to a byte;
-keys rotated, and by channel; attention by block; inputs turned as they come. Stacked in full pairs with the examples
+keys rotated, and by channel; attention by block; inputs turned as they come; rounded by methods that read, one of
+which scales channels. Stacked in full pairs with the examples
 over the first family."""
 
 _SIZES = dict(layers=3, dim=32, heads=4, kv_heads=2, head_dim=16, mlp=48, vocab=61, context=64, tied=False)

@@ -17,6 +17,7 @@ from infopt.methods.kept import Kept
 from infopt.methods.layers import Layer, Run, by_layer
 from infopt.model import Model, Weights, shapes
 from infopt.qtensor import Format, Grid, QTensor, dequantize_array, in_groups, on_grid
+from infopt.spec import Spec
 from infopt.typing import Array
 
 LEAST = 0.5
@@ -36,10 +37,10 @@ class AutoRound(Method):
     rate: float | None = None
     seed: int = 0
 
-    def check(self, formats: Mapping[str, Format]) -> None:
-        super().check(formats)
+    def check(self, spec: Spec, formats: Mapping[str, Format]) -> None:
+        super().check(spec, formats)
         if self.start is not None:
-            self.start.check(formats)
+            self.start.check(spec, formats)
         for name, form in formats.items():
             if form.row.levels is not None or form.row.dtype is not None or form.row.tensor:
                 raise InfoptError(

@@ -16,9 +16,10 @@ import numpy as np
 from infopt import texts
 from infopt.errors import InfoptError
 from infopt.methods.kept import Kept, kept_for
-from infopt.methods.layers import Layer, by_layer
+from infopt.methods.layers import Layer, by_layer, scannable
 from infopt.model import Model, Weights, check_length, shapes
 from infopt.qtensor import Format, QTensor, quantize_array
+from infopt.spec import Spec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +45,15 @@ class Method(abc.ABC):
         """The logical names of what `round` gives: those of `formats`, and of the dense weights that change too."""
         return list(formats)
 
-    def check(self, formats: Mapping[str, Format]) -> None:
-        """Raise where nothing can be chosen in a format."""
+    def check(self, spec: Spec, formats: Mapping[str, Format]) -> None:
+        """Raise where the stack cannot be run a layer at a time, or nothing can be chosen in a format."""
+        scannable(spec)
+        if tables := sorted(n for n in formats if not n.startswith("layers.") and n != "head"):
+            raise InfoptError(
+                f"{self!r}: nothing is known of what goes into {', '.join(tables)}.",
+                why="statistics are of the inputs of linear layers, and it is a table.",
+                fix="a quantize(where=...) of its own for it, without a method",
+            )
         for name, form in formats.items():
             if form.row.rule == "none":
                 raise InfoptError(
@@ -64,8 +72,7 @@ class Method(abc.ABC):
     def rounded(
         self, model: Model, weights: Weights, formats: Mapping[str, Format], clip: str | None
     ) -> dict[str, Any]:
-        """The same, checked, and out of what was kept where it was computed before."""
-        self.check(formats)
+        """The same, out of what was kept where it was computed before."""
         tokens = self.windows(model)
         told = f"{self!r} {self.digest()} {hashlib.sha256(tokens.tobytes()).hexdigest()}"
         kept = kept_for(told, model.spec, weights, formats, clip, jax.default_backend())

@@ -44,10 +44,10 @@ class Distilled(Method):
     def gives(self, model: Model, formats: Mapping[str, Format]) -> list[str]:
         return list(formats) if self.start is None else self.start.gives(model, formats)
 
-    def check(self, formats: Mapping[str, Format]) -> None:
-        super().check(formats)
+    def check(self, spec: Spec, formats: Mapping[str, Format]) -> None:
+        super().check(spec, formats)
         if self.start is not None:
-            self.start.check(formats)
+            self.start.check(spec, formats)
         for name, form in formats.items():
             if form.row.tensor or form.row.rule == "power" or form.scale not in ("float16", "float32", "bfloat16"):
                 raise InfoptError(

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 
 from infopt.errors import InfoptError
 from infopt.methods.base import ByLayer, nearest, nothing_went_in
-from infopt.methods.kept import Kept
 from infopt.methods.layers import Inputs, Layer
-from infopt.model import Model, Stream, Weights, family_of, shapes, stream_of
+from infopt.model import Model, Stream, family_of, shapes, stream_of
 from infopt.qtensor import Format
+from infopt.spec import Spec
 from infopt.typing import Array
 
 
@@ -100,10 +100,9 @@ class Scaled(ByLayer):
             found |= dict.fromkeys(n for n in names if n in known)
         return list(found)
 
-    def round(
-        self, model: Model, weights: Weights, formats: Mapping[str, Format], clip: str | None, kept: Kept
-    ) -> dict[str, Any]:
-        folds, packed = folds_of(stream_of(model.spec), formats, model.spec.online), dict(model.spec.weights)
+    def check(self, spec: Spec, formats: Mapping[str, Format]) -> None:
+        super().check(spec, formats)
+        folds, packed = folds_of(stream_of(spec), formats, spec.online), dict(spec.weights)
         if not folds:
             raise InfoptError(
                 f"{self!r} has nothing to scale before {', '.join([*formats][:3])}.",
@@ -116,7 +115,6 @@ class Scaled(ByLayer):
                 why="what is rounded would have to be rounded anew.",
                 fix="one quantize(where={...}) for all that one norm feeds; or another method",
             )
-        return super().round(model, weights, formats, clip, kept)
 
     def change(self, layer: Layer, formats: Mapping[str, Format], clip: str | None) -> dict[str, Any]:
         family, config = family_of(layer.spec), layer.spec.config

@@ -141,16 +141,10 @@ def by_layer(
       What `change` gave, of all layers, by logical name.
 
     Raises:
-      InfoptError: the stack's family is one function, or a name is no matrix that `ops.linear` multiplies by.
+      InfoptError: the stack's family is one function.
     """
     family = scannable(spec)
     outside = {n for n in names if not n.startswith("layers.")}
-    if outside - {"head"}:
-        raise InfoptError(
-            f"nothing is known of what goes into {', '.join(sorted(outside - {'head'}))}.",
-            why="statistics are of the inputs of linear layers, and it is a table.",
-            fix="a quantize(where=...) of its own for it, without a method",
-        )
     top = top_of(spec, weights)
     xs = embedded(spec, top, tokens, max(TOKENS // tokens.shape[1], 1))
     plain = xs if targets else None

@@ -122,6 +122,8 @@ class Quantize(Transform):
         need_dense(self, spec, formats, "rounding what is rounded already is another experiment than rounding once.")
         for name, fmt in formats.items():
             fmt.check_width(shapes(spec)[name][-1], name)
+        if self.method is not None:
+            self.method.check(spec, formats)
 
     def edit(self, spec: Spec) -> Spec:
         return spec.replace(weights=tuple(sorted((*spec.weights, *self.formats(spec).items()))))
