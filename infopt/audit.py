@@ -340,6 +340,14 @@ def _errors(x: Any, count: int) -> list[float | None]:
     return [float(e) for e in (each[:, 0] if each.shape[1] == 1 else np.sqrt(np.mean(each**2, 1)))]
 
 
+def _unread(x: Any, count: int) -> list[str]:
+    """For each matrix of a stack, what to say of experts that nothing went into while a method read."""
+    if not is_qtensor(x) or x.error is None or x.error.size <= count or x.error.size % count:
+        return [""] * count
+    each = np.signbit(np.asarray(x.error)).reshape(count, -1)
+    return [f", {row.sum()} of {row.size} experts unread" if row.any() else "" for row in each]
+
+
 def _line(name: str, x: Any, claim: _Claim | None, fmt: Format | None, error: float | None, foreign: bool) -> Line:
     """What is known of a matrix, its size and what is wrong with its arrays aside.
 
@@ -386,10 +394,13 @@ def _lines(prefix: str, spec: Spec, replay: _Replay, params: Params, totals: dic
         claims = [replay.claims.get(name) for name in names]
         rounded = any(c is not None and c.format is not None for c in claims)
         wrong = _wrong(names[0], x, shape, spec, (count,) if stacked else (), rounded)
-        for name, claim, error, bad in zip(names, claims, _errors(x, count), _not_finite(x, count, stacked)):
+        told = zip(names, claims, _errors(x, count), _not_finite(x, count, stacked), _unread(x, count))
+        for name, claim, error, bad, unread in told:
             line = _line(prefix + name, x, claim, formats.get(name), error, replay.foreign)
             problem, bits = wrong or bad or line.problem, 8 * each / math.prod(shape)
-            found[name] = dataclasses.replace(line, bits=bits, bytes=each, problem=problem)
+            found[name] = dataclasses.replace(
+                line, bits=bits, bytes=each, changed=line.changed + unread, problem=problem
+            )
     return found
 
 

@@ -41,7 +41,8 @@ class QTensor:
       inner: the numbers of sub-groups, int8 or the bytes of words, `[..., groups * row.sub_bytes]`, for formats that
         have them.
       error: of a weight, float32 `[..., 1, 1]`: |x - what is stored| / |x| over the matrix, when it was rounded; NaN
-        where it was loaded packed. It travels with the weight for `Model.audit`, and nothing computes with it.
+        where it was loaded packed; of an expert that a method saw nothing go into, with a minus. It travels with the
+        weight for `Model.audit`, and nothing computes with it.
     """
 
     codes: Any
@@ -205,6 +206,11 @@ def _relative_error(x: Array, stored: Array) -> Array:
         return jnp.sum(of_rows, -2, keepdims=True)
 
     return jnp.sqrt(squares(x - stored) / jnp.where(most < _LEAST, 1, squares(x)))
+
+
+def measured(q: QTensor, x: Array) -> QTensor:
+    """A weight with its error anew: of what it stands for against `x`, which it was rounded from."""
+    return dataclasses.replace(q, error=_relative_error(x.astype(jnp.float32), dequantize_array(q)))
 
 
 def unknown_error(lead: tuple[int, ...]) -> np.ndarray:

@@ -318,3 +318,21 @@ def test_a_rule_of_no_name_costs_the_command_one_line(saved: Path, capsys: pytes
     assert cli.main(["audit", str(saved), "--stack", "quantize(bits=8, where='mlp.*')"]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and "did you mean '*.mlp.*'?" in err
+
+
+def test_an_expert_that_nothing_went_into_is_named() -> None:
+    """All shares go to two experts of four: the others' matrices were rounded without a look."""
+    model, params = ip.testing.base_of("mixtral")
+    blocks = params["segments"][0][0]
+    router = blocks["mlp.router"].at[1, 2:].set(0)  # equal scores, of which the first are taken
+    away = {**blocks, "mlp.router": router.at[1, :2].multiply(0)}
+    lone = {**params, "segments": (({**away},),)}
+    text = np.random.default_rng(0).integers(0, model.spec.config.vocab, 256)
+    for method in (ip.gptq(text, length=32), ip.distilled(text, length=32, start=ip.gptq(text, length=32), steps=2)):
+        stack = ip.quantize(bits=4, group=16, method=method)(model)
+        own = stack.convert(lone)
+        said = {line.name: line.changed for line in stack.audit(own).lines if "unread" in line.changed}
+        assert {n.split(".", 2)[2] for n in said} == {f"mlp.experts.{n}" for n in ("gate", "up", "down")}
+        assert all(n.startswith("layers.1.") and s == "yes, 2 of 4 experts unread" for n, s in said.items())
+    plain = ip.quantize(bits=4, group=16)(model)
+    assert "unread" not in str(plain.audit(plain.convert(lone)))

@@ -361,7 +361,7 @@ def _measure(
         stack.exact,
         sum(leaf.nbytes for leaf in jax.tree.leaves(params)),
         _values(stack),
-        float(np.max([0.0, *(np.max(q.error) for q in _packed(params))])),
+        float(np.max([0.0, *(np.max(np.abs(q.error)) for q in _packed(params))])),
         stack.token_bytes(),
         sum(leaf.nbytes for leaf in jax.tree.leaves(state.kv)),
         scores,

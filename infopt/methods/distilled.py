@@ -20,7 +20,7 @@ from infopt.methods.kept import Kept
 from infopt.methods.layers import Run, embedded, layer_of, programs, scannable, top_of
 from infopt.model import Model, Weights
 from infopt.progress import bar
-from infopt.qtensor import Format, QTensor, dequantize_array
+from infopt.qtensor import Format, QTensor, dequantize_array, measured
 from infopt.spec import Spec
 from infopt.typing import Array
 
@@ -37,7 +37,7 @@ PARTS = 6
 class Distilled(Method):
     start: Method | None = None
     steps: int = 60
-    rates: tuple[float, ...] = (0.001, 0.004)
+    rates: tuple[float, ...] = (0.0003, 0.001)
     batch: int = 1
     seed: int = 0
 
@@ -72,7 +72,16 @@ class Distilled(Method):
         else:
             begun = self.start.rounded(model, weights, formats, clip)
         run = _Distillation(self, model.spec, weights, begun, tokens[:-held], tokens[-held:], kept)
-        return begun | run.trained()
+        trained = run.trained()
+        if set(self.gives(model, formats)) == set(formats):  # else what was rounded is not in `weights`
+            trained = {n: _measured(q, weights[n], begun[n].error) for n, q in trained.items()}
+        return begun | trained
+
+
+@jax.jit
+def _measured(q: QTensor, w: Array, before: Array) -> QTensor:
+    found = measured(q, w)
+    return dataclasses.replace(found, error=jnp.copysign(found.error, before))
 
 
 class Change(NamedTuple):
@@ -276,7 +285,7 @@ def distilled(
     length: int = 512,
     start: Method | None = None,
     steps: int = 60,
-    rates: Any = (0.001, 0.004),
+    rates: Any = (0.0003, 0.001),
     batch: int = 1,
     seed: int = 0,
 ) -> Distilled:
@@ -309,7 +318,7 @@ def distilled(
     given = tuple(rates) if isinstance(rates, list | tuple) else (rates,)
     if not given or not all(isinstance(r, int | float) and not isinstance(r, bool) and 0 < r < 1 for r in given):
         raise InfoptError(
-            f"distilled(rates={rates!r}).", why="they are learning rates.", fix="rates=(0.001, 0.004), say"
+            f"distilled(rates={rates!r}).", why="they are learning rates.", fix="rates=(0.0003, 0.001), say"
         )
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise InfoptError(f"distilled(seed={seed!r}).", why="it seeds an order.", fix="seed=0")

@@ -119,7 +119,7 @@ class Scaled(ByLayer):
     def change(self, layer: Layer, formats: Mapping[str, Format], clip: str | None) -> dict[str, Any]:
         family, config = family_of(layer.spec), layer.spec.config
         assert family.stream is not None
-        p, seen, changed = dict(layer.p), layer.statistics(), set[str]()
+        p, seen, changed = dict(layer.p), layer.statistics, set[str]()
         for fold in folds_of(family.stream, formats, layer.spec.online):
             readers = {n: p[n] for n in fold.readers if n in p}
             rounded = {n: formats[n] for n in readers if n in formats}

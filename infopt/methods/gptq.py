@@ -27,7 +27,7 @@ class GPTQ(ByLayer):
     order: bool = True
 
     def change(self, layer: Layer, formats: Mapping[str, Format], clip: str | None) -> dict[str, QTensor]:
-        found = layer.statistics()
+        found = layer.statistics
         return {n: self._one(layer.prefix + n, layer.p[n], found[n].gram, f, clip) for n, f in formats.items()}
 
     def _one(self, name: str, w: Array, gram: Array, form: Format, clip: str | None) -> QTensor:

@@ -16,6 +16,7 @@ from infopt.errors import InfoptError
 from infopt.methods.kept import Kept
 from infopt.model import Family, Weights, as_run, family_of, shapes
 from infopt.progress import bar
+from infopt.qtensor import is_qtensor
 from infopt.spec import Spec
 from infopt.typing import Array
 
@@ -61,6 +62,7 @@ class Layer:
     run: Run
     tapped: Callable[..., dict[str, Inputs]]
 
+    @functools.cached_property
     def statistics(self) -> dict[str, Inputs]:
         """Of the inputs of each of `names`."""
         found = None
@@ -155,7 +157,7 @@ def by_layer(
         step = layer.prefix.strip(".") or "head"
         new = kept.get(step, shape) if kept else None
         if new is None:
-            new = dict(change(layer))
+            new = _marked(layer, dict(change(layer)))
             if kept:
                 kept.put(step, {n: new[n] for n in shape})
         found.update({layer.prefix + n: x for n, x in new.items()})
@@ -179,6 +181,15 @@ def by_layer(
         aims = None if plain is None else [run(p, final(top, x)) for x in plain]
         turn(Layer(spec, "", ("head",), p, xs, aims, run, tapped))
     return found
+
+
+def _marked(layer: Layer, new: dict[str, Any]) -> dict[str, Any]:
+    """Of experts that nothing went into, the error with a minus: `Model.audit` says so."""
+    for n in layer.names:
+        if layer.p[n].ndim > 2 and is_qtensor(new[n]):
+            unread = ~jnp.any(layer.statistics[n].peak > 0, -1)[..., None, None]
+            new[n] = dataclasses.replace(new[n], error=jnp.where(unread, -new[n].error, new[n].error))
+    return new
 
 
 @functools.lru_cache(maxsize=64)

@@ -105,7 +105,7 @@ def test_statistics_are_of_what_goes_in(llama: tuple[ip.Model, Any]) -> None:
     names = {"layers.0.attn.q", "layers.2.mlp.down", "head"}
 
     def change(layer: Layer) -> dict[str, Any]:
-        seen.update({layer.prefix + n: np.asarray(s.gram) for n, s in layer.statistics().items()})
+        seen.update({layer.prefix + n: np.asarray(s.gram) for n, s in layer.statistics.items()})
         return {n: layer.p[n] for n in layer.names}
 
     by_layer(model.spec, weights, tokens, names, change)
@@ -170,7 +170,7 @@ def test_memory_is_a_layers(llama: tuple[ip.Model, Any]) -> None:
     weights, names = Weights.of(model.spec, params), {f"layers.{i}.mlp.up" for i in range(3)}
 
     def change(layer: Layer) -> dict[str, Any]:
-        counts.append(len(layer.statistics()))
+        counts.append(len(layer.statistics))
         return {n: layer.p[n] for n in layer.names}
 
     by_layer(model.spec, weights, IDS[:64].reshape(2, 32), names, change)
