@@ -378,7 +378,7 @@ def _line(name: str, x: Any, claim: _Claim | None, fmt: Format | None, error: fl
     else:
         changed = ("?" if claim and claim.format else "as loaded") if packed else "no"
     group = "-" if not packed or x.scale is None else str(x.format.group or "row")
-    kind = x.format.name if packed else str(x.dtype)
+    kind = x.format.label if packed else str(x.dtype)
     return Line(name, rule, kind, group, 0.0, 0, error if known else None, changed, problem)
 
 
@@ -405,7 +405,7 @@ def _lines(prefix: str, spec: Spec, replay: _Replay, params: Params, totals: dic
 
 
 def _words(fmt: Format | None) -> str:
-    return "dense" if fmt is None else fmt.name if fmt.group is None else f"{fmt.name} in groups of {fmt.group}"
+    return "dense" if fmt is None else fmt.label if fmt.group is None else f"{fmt.label} in groups of {fmt.group}"
 
 
 def _place(name: str) -> tuple[int, int, str]:

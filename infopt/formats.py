@@ -101,6 +101,11 @@ class Row:
         return self.rule == "minmax"
 
     @property
+    def whole(self) -> bool:
+        """Whether a value is a scale times a whole number, perhaps with a minimum, so that products can be of these."""
+        return self.levels is None and self.dtype is None and self.sub is None and not self.tensor
+
+    @property
     def codes(self) -> int:
         """Codes in a word."""
         return math.lcm(self.bits, 8) // self.bits
@@ -201,6 +206,8 @@ class Format:
         of a token in a cache).
       scale: dtype of scales and minima.
       pad: whether a last axis that does not split into whole groups is padded to the next one that does.
+      activations: of a weight, bits of what is multiplied by it: 8, then inputs are rounded too, and the product is of
+        whole numbers (`infopt.kernels.int_matmul`); None leaves them as they are.
 
     >>> Format("int4", 32, "float16").bytes_per_value(576)
     0.5625
@@ -212,6 +219,7 @@ class Format:
     group: int | None = None
     scale: str = "float32"
     pad: bool = False
+    activations: int | None = None
 
     def __post_init__(self) -> None:
         if self.name not in FORMATS:
@@ -238,10 +246,28 @@ class Format:
                 why=f"{self._words()}, and a group must not share one.",
                 fix=f"{'an even group' if self.row.codes == 2 else f'a multiple of {self.row.codes}'}",
             )
+        if self.activations not in (None, 8):
+            raise InfoptError(
+                f"activations of {self.activations!r} bits.",
+                why="inputs are rounded to 8 bits, or not at all.",
+                fix="activations=8, or None",
+            )
+        if self.activations is not None and not self.row.whole:
+            whole = [name for name, row in FORMATS.items() if row.whole and not row.kept]
+            raise InfoptError(
+                f"activations of {self.activations} bits against weights in {self.name}.",
+                why="the product is one of whole numbers, and its levels are none, or have further scales.",
+                fix=f"one of {', '.join(whole)}; or no activations",
+            )
 
     def __repr__(self) -> str:
-        pad = ", pad=True" * self.pad
-        return f"Format(name={self.name!r}, group={self.group}, scale={self.scale!r}{pad})"
+        more = ", pad=True" * self.pad + f", activations={self.activations}" * (self.activations is not None)
+        return f"Format(name={self.name!r}, group={self.group}, scale={self.scale!r}{more})"
+
+    @property
+    def label(self) -> str:
+        """As tables say it: `int4`, or `int4/a8` where inputs are rounded too."""
+        return self.name + f"/a{self.activations}" * (self.activations is not None)
 
     def _words(self) -> str:
         count, size = self.row.codes, self.row.codes * self.row.bits // 8

@@ -35,7 +35,8 @@ _OURS = {
 def to_qwix(q: QTensor) -> Any:
     """The `qwix.QArray` of the same shape and values: `qwix.dequantize` of it is `dequantize_array(q)`.
 
-    Scales are widened to float32, since qwix computes in their type; packed codes become one a value.
+    Scales are widened to float32, since qwix computes in their type; packed codes become one a value. Whether inputs
+    are rounded (`Format.activations`) is no part of an array: qwix has it as `act_qtype` of a rule.
 
     Args:
       q: `[..., out, in]`. `.mT` of the result is the kernel `[in, out]` of a Flax layer.

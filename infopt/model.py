@@ -467,7 +467,7 @@ def check_weight(name: str, x: Any, shape: tuple[int, ...], fmt: Format | None, 
     if fmt is None:
         if is_qtensor(x):
             raise ParamsError(
-                f"{name} is packed as {x.format.name}, but this stack computes with it dense.",
+                f"{name} is packed as {x.format.label}, but this stack computes with it dense.",
                 why="they are the params of another stack, or were never converted.",
                 fix=fix,
             )
@@ -480,7 +480,7 @@ def check_weight(name: str, x: Any, shape: tuple[int, ...], fmt: Format | None, 
         return
     if not is_qtensor(x):
         raise ParamsError(
-            f"{name} is dense, but this stack computes with it as {fmt.name}.",
+            f"{name} is dense, but this stack computes with it as {fmt.label}.",
             why="they are the params of another stack, or were never converted.",
             fix=fix,
         )

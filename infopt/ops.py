@@ -15,27 +15,17 @@ import numpy as np
 
 from infopt import cache as kv
 from infopt import hadamard
+from infopt.errors import InfoptError
 from infopt.kernels.decode_attention import decode_attention
 from infopt.kernels.flash_attention import flash_attention
 from infopt.kernels.flash_attention.sums import joined, with_sink_logits
+from infopt.kernels.int_matmul import int_matmul
 from infopt.masks import Late, sink_query_position
-from infopt.qtensor import dequantize_array, is_qtensor, no_gradient, planes, round_trip, split_planes, take
+from infopt.qtensor import dequantize_array, is_qtensor, no_gradient, of_layer, planes, round_trip, split_planes, take
 from infopt.spec import Codec, LinearRope, Llama3Rope, RopeScaling, TableRope, Window, YarnRope
 from infopt.typing import Array, Float, Int
 
 Rope = Callable[[Array, Array], Array]
-
-
-def _at(w: Any, layer: Any) -> Any:
-    """One layer of a stack; the weight itself where `layer` is None. A tuple indexes several axes, its Nones none."""
-    index = tuple(i for i in (layer if isinstance(layer, tuple) else (layer,)) if i is not None)
-
-    def slice_(leaf: Array) -> Array:
-        rest = leaf.shape[len(index) :]
-        start = (*index, *(0 for _ in rest))
-        return jax.lax.dynamic_slice(leaf, start, (*(1 for _ in index), *rest)).reshape(rest)
-
-    return jax.tree.map(slice_, w) if index else w
 
 
 LOOPS_IN_PLACE = jaxlib.version.__version_info__ < (0, 11)
@@ -96,8 +86,26 @@ def _tap_backward(routed: bool, x: Array, dy: Array) -> tuple[Array, Array, Arra
 _tap.defvjp(_tap_forward, _tap_backward)
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["weight"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Straight:
+    """A packed weight whose inputs are rounded, through which gradients go as if nothing were: statistics need them."""
+
+    weight: Any
+
+
+@jax.custom_vjp
+def _straight(x: Array, w: Array, y: Array) -> Array:
+    return y
+
+
+_straight.defvjp(lambda x, w, y: (y, w), lambda w, dy: (dy @ w, jnp.zeros_like(w), jnp.zeros_like(dy)))
+
+
 def linear(x: Float[Array, "*B I"], weights: Any, layer: Any = None, bias: Any = None) -> Any:
     """x @ w.T, for a weight `[O, I]` dense or packed, or for a tuple of weights that share their input.
+
+    Where a packed weight's format says so (`Format.activations`), x is rounded too: `kernels.int_matmul`.
 
     Args:
       x: `[..., I]`.
@@ -113,11 +121,18 @@ def linear(x: Float[Array, "*B I"], weights: Any, layer: Any = None, bias: Any =
         return tuple(linear(x, w, layer, b) for w, b in zip(weights, biases, strict=True))
     if isinstance(weights, Turned):
         return linear(hadamard.turned(x), weights.weight, layer, bias)
-    w = _at(weights, layer)
     rows = x.reshape(-1, x.shape[-1])
+    y: Any
+    if is_qtensor(weights) and weights.format.activations is not None:
+        y = int_matmul(no_gradient(rows), no_gradient(weights), layer)
+        return _biased(y, bias, layer).reshape(*x.shape[:-1], -1)
+    w = of_layer(weights, layer)
+    if isinstance(w, Straight):
+        y = _straight(rows, dequantize_array(w.weight, x.dtype), linear(jax.lax.stop_gradient(rows), w.weight))
+        return _biased(y, bias, layer).reshape(*x.shape[:-1], -1)
     if isinstance(w, Tapped):
-        own: Any = linear(rows, w.weight, None, None if bias is None else _at(bias, layer))
-        y: Any = _tap(w.routed, rows, own, w.gram, w.peak)
+        own: Any = linear(rows, w.weight, None, None if bias is None else of_layer(bias, layer))
+        y = _tap(w.routed, rows, own, w.gram, w.peak)
         return y.reshape(*x.shape[:-1], -1)
     if is_qtensor(w):
         w = no_gradient(w)
@@ -126,20 +141,28 @@ def linear(x: Float[Array, "*B I"], weights: Any, layer: Any = None, bias: Any =
         y = functools.reduce(jnp.add, (_product(a, b.astype(x.dtype), in_place) for a, b in parts))
     else:
         y = _product(rows, w.astype(x.dtype), LOOPS_IN_PLACE)
-    if bias is not None:
-        y = y + jnp.broadcast_to(_at(bias, layer).astype(x.dtype), y.shape)
-    return y.reshape(*x.shape[:-1], -1)
+    return _biased(y, bias, layer).reshape(*x.shape[:-1], -1)
+
+
+def _biased(y: Array, bias: Any, layer: Any) -> Array:
+    return y if bias is None else y + jnp.broadcast_to(of_layer(bias, layer).astype(y.dtype), y.shape)
 
 
 def vector(stack: Any, layer: Any) -> Array:
     """One layer of vectors `[L, ...]`; itself where `layer` is None."""
-    return _at(stack, layer)
+    return of_layer(stack, layer)
 
 
 def embed(table: Any, tokens: Int[Array, "*B"]) -> Float[Array, "*B D"]:
     """Rows of a table `[V, D]`, dense or packed."""
     if not is_qtensor(table):
         return table[tokens]
+    if table.format.activations is not None:
+        raise InfoptError(
+            f"a table in {table.format} was looked up.",
+            why="nothing multiplies by it, so that its inputs cannot be rounded.",
+            fix="activations=None for it",
+        )
     return dequantize_array(take(no_gradient(table), tokens))
 
 
@@ -147,7 +170,7 @@ def rms_norm(x: Float[Array, "*B D"], weight: Any, layer: Any, eps: float, offse
     """x / sqrt(mean(x^2) + eps) * (weight + offset), in float32 (Zhang & Sennrich 2019)."""
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + eps)
-    w = _at(weight, layer).astype(jnp.float32) + offset
+    w = of_layer(weight, layer).astype(jnp.float32) + offset
     return (y * jnp.broadcast_to(w, y.shape)).astype(x.dtype)
 
 
@@ -156,7 +179,7 @@ def layer_norm(x: Float[Array, "*B D"], weight: Any, bias: Any, layer: Any, eps:
     y = x.astype(jnp.float32)
     y = y - jnp.mean(y, -1, keepdims=True)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + eps)
-    w, b = (jnp.broadcast_to(_at(u, layer).astype(jnp.float32), y.shape) for u in (weight, bias))
+    w, b = (jnp.broadcast_to(of_layer(u, layer).astype(jnp.float32), y.shape) for u in (weight, bias))
     return (y * w + b).astype(x.dtype)
 
 

@@ -118,7 +118,7 @@ def _weight_parts(spec: Spec, params: Params, state: State) -> tuple[Part, ...]:
     parts: dict[str, int] = {}
     for prefix, _, one, _, _ in _models(spec, params, state):
         for leaf in jax.tree.leaves(one, is_leaf=is_qtensor):
-            what = prefix + (leaf.format.name if is_qtensor(leaf) else str(leaf.dtype))
+            what = prefix + (leaf.format.label if is_qtensor(leaf) else str(leaf.dtype))
             parts[what] = parts.get(what, 0) + nbytes(leaf)
     return tuple(Part(what, n) for what, n in parts.items())
 
@@ -166,7 +166,8 @@ def _layers(
 
     def copied(name: str, shape: tuple[int, ...], loop: bool) -> int:
         f = formats.get(name)
-        stays = len(shape) < 2 or (f is None and not loop) or (in_place and (f is None or f.row.codes == 1))
+        read = f is None or (f.row.codes == 1 and f.activations is None)  # as it lies there
+        stays = len(shape) < 2 or (f is None and not loop) or (in_place and read)
         return 0 if stays else math.prod(shape) * (4 if cpu else own)  # XLA's CPU code multiplies in float32
 
     expected, groups, most, always = shapes(spec), window_groups(spec), 0, 0

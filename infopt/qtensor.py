@@ -77,16 +77,28 @@ def _no_gradient(x: Array) -> Array:
 @_no_gradient.defjvp
 def _(primals: Any, tangents: Any) -> Any:
     raise ParamsError(
-        "a gradient was asked through packed weights, or through keys and values that are rounded.",
+        "a gradient was asked through packed weights, or through keys, values or inputs that are rounded.",
         why="codes are whole numbers, and rounding has no slope: the gradient would be silently wrong.",
         fix="dense, join = ip.trainable(params); jax.grad(lambda dense: loss(join(dense)))(dense); "
-        "and leave cache_kv(bits=8) out while training",
+        "and leave cache_kv(bits=8) and activations=8 out while training",
     )
 
 
-def no_gradient(q: QTensor) -> QTensor:
-    """`q`, through which no gradient may be asked."""
-    return jax.tree.map(lambda leaf: _no_gradient(leaf) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, q)
+def of_layer(w: Any, layer: Any) -> Any:
+    """One layer of a stack; the weight itself where `layer` is None. A tuple indexes several axes, its Nones none."""
+    index = tuple(i for i in (layer if isinstance(layer, tuple) else (layer,)) if i is not None)
+
+    def slice_(leaf: Array) -> Array:
+        rest = leaf.shape[len(index) :]
+        start = (*index, *(0 for _ in rest))
+        return jax.lax.dynamic_slice(leaf, start, (*(1 for _ in index), *rest)).reshape(rest)
+
+    return jax.tree.map(slice_, w) if index else w
+
+
+def no_gradient(x: Any) -> Any:
+    """`x`, an array or a QTensor, through which no gradient may be asked."""
+    return jax.tree.map(lambda leaf: _no_gradient(leaf) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, x)
 
 
 def take(q: QTensor, rows: Array) -> QTensor:
@@ -432,6 +444,29 @@ def planes(q: QTensor) -> tuple[Array, ...]:
 
     values = tuple(level * scale for level, scale in zip(levels, by_plane(_times(q.scale, q.outer), 0)))
     return values if q.minimum is None else tuple(v + low for v, low in zip(values, by_plane(q.minimum, 1)))
+
+
+def whole_planes(q: QTensor) -> tuple[tuple[Array, ...], Any]:
+    """Whole numbers in the order of `planes`, and what is to be taken off to make levels of them.
+
+    Returns:
+      int8 `[..., width / planes]` each; and int32 `[..., groups]`, None where it is 0. Together they are the levels:
+      one alone would not hold those from 0 to 255, or less a zero point.
+
+    >>> q = quantize_array(jnp.arange(8.0)[None], Format("int8_zero", 4), trailing=2)
+    >>> whole, less = whole_planes(q)
+    >>> jnp.array_equal((whole[0] - jnp.repeat(less, 4, -1)) * q.scale.repeat(4, -1), dequantize_array(q))
+    Array(True, dtype=bool)
+    """
+    row = q.format.row
+    shift = 128 if row.bits == 8 and row.code_dtype == "uint8" else row.zero
+    codes = unpack(q.codes, row.bits, q.format.group_of(q.shape[-1]))
+    # a code less 128 is the code with its highest bit turned, read as int8
+    signed = [jax.lax.bitcast_convert_type(c ^ 128, jnp.int8) if shift == 128 else c.astype(jnp.int8) for c in codes]
+    whole = tuple(c if shift in (0, 128) else c - np.int8(shift) for c in signed)
+    if q.zero is not None:
+        return whole, q.zero.astype(jnp.int32) + (row.zero - shift)
+    return whole, None if row.zero == shift else jnp.full(q.scale.shape, row.zero - shift, jnp.int32)
 
 
 def _of_subgroups(q: QTensor) -> list[Array]:

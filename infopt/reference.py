@@ -144,6 +144,24 @@ def hadamard(width: int) -> Float64:
     return h / np.sqrt(width)
 
 
+def rounded_inputs(x: Float64, weight: Any) -> Float64:
+    """`x` `[..., I]` as a weight is multiplied by it: rounded to 8 bits a row, where its format says so."""
+    if getattr(getattr(weight, "format", None), "activations", None) is None:
+        return x
+    # As float32 numbers, for round_kv's reason.
+    rows = x.astype(np.float32)
+    most = np.abs(rows).max(-1, keepdims=True)
+    some = most >= np.float32(2.0**-119)
+    codes = np.rint(rows * (np.float32(127) / np.where(some, most, np.float32(1))))
+    scale = np.where(some, most * np.float32(1 / 127), np.float32(0))
+    return np.clip(codes, -127, 127).astype(np.float64) * scale.astype(np.float64)
+
+
+def product(x: Float64, weight: Any) -> Float64:
+    """x @ w.T, for a weight as it is stored."""
+    return rounded_inputs(x, weight) @ dequantize(weight).T
+
+
 def rms_norm(x: Float64, weight: Float64, eps: float) -> Float64:
     return x / np.sqrt(np.mean(x * x, -1, keepdims=True) + eps) * weight
 
@@ -244,13 +262,21 @@ class Layer:
 
     def __init__(self, weights: Mapping[str, Any], i: int) -> None:
         start = f"layers.{i}."
-        self.values = {n.removeprefix(start): dequantize(w) for n, w in weights.items() if n.startswith(start)}
+        self.stored = {n.removeprefix(start): w for n, w in weights.items() if n.startswith(start)}
+        self.values = {n: dequantize(w) for n, w in self.stored.items()}
 
     def __getitem__(self, name: str) -> Float64:
         return self.values[name]
 
+    def product(self, x: Float64, name: str) -> Float64:
+        return rounded_inputs(x, self.stored[name]) @ self[name].T
+
+    def expert(self, x: Float64, name: str, e: int) -> Float64:
+        name = f"mlp.experts.{name}"
+        return self[name][e] @ rounded_inputs(x, self.stored[name])
+
     def linear(self, x: Float64, name: str) -> Float64:
-        y = x @ self[name].T
+        y = self.product(x, name)
         return y + self[f"{name}_bias"] if f"{name}_bias" in self.values else y
 
     def heads(self, x: Float64, name: str, width: int) -> Float64:
@@ -268,7 +294,7 @@ def gelu(x: Float64) -> Float64:
 
 def mixture(p: Layer, h: Float64, k: int, normalise: bool) -> Float64:
     """Each token through the k experts that its router likes best."""
-    score = h @ p["mlp.router"].T
+    score = p.product(h, "mlp.router")
     share = np.exp(score - score.max(-1, keepdims=True))
     share = share / share.sum(-1, keepdims=True)
     out = np.zeros_like(h)
@@ -276,8 +302,8 @@ def mixture(p: Layer, h: Float64, k: int, normalise: bool) -> Float64:
         best = np.argsort(-share[t])[:k]
         total = share[t, best].sum() if normalise else 1.0
         for e in best:
-            gate, up = p["mlp.experts.gate"][e] @ token, p["mlp.experts.up"][e] @ token
-            out[t] += share[t, e] / total * (p["mlp.experts.down"][e] @ (silu(gate) * up))
+            gate, up = p.expert(token, "gate", e), p.expert(token, "up", e)
+            out[t] += share[t, e] / total * p.expert(silu(gate) * up, "down", e)
     return out
 
 
@@ -286,7 +312,7 @@ def clamped_mixture(p: Layer, h: Float64, c: Any) -> Float64:
     scores, out = p.linear(h, "mlp.router"), np.zeros_like(h)
 
     def expert(name: str, e: int, x: Float64) -> Float64:
-        return p[f"mlp.experts.{name}"][e] @ x + p[f"mlp.experts.{name}_bias"][e]
+        return p.expert(x, name, e) + p[f"mlp.experts.{name}_bias"][e]
 
     for t, token in enumerate(h):
         best = np.argsort(-scores[t])[: c.experts_used]
@@ -324,7 +350,7 @@ def decoder(
         else:
             x = x + p.linear(silu(p.linear(h, "mlp.gate")) * p.linear(h, "mlp.up"), "mlp.down")
     x = rms_norm(x, dequantize(weights["final_norm"]), c.norm_eps)
-    return x @ (dequantize(weights["head"]) if "head" in weights else embed).T
+    return product(x, weights.get("head", embed))
 
 
 def llama(spec: Spec, weights: Mapping[str, Any], tokens: NDArray[np.int64]) -> Float64:
@@ -365,7 +391,7 @@ def gemma(spec: Spec, weights: Mapping[str, Any], tokens: NDArray[np.int64]) -> 
         h = p.linear(gelu(p.linear(h, "mlp.gate")) * p.linear(h, "mlp.up"), "mlp.down")
         x = x + norm(h, p["mlp_out_norm"])
     x = norm(x, dequantize(weights["final_norm"]))
-    y = x @ (dequantize(weights["head"]) if "head" in weights else embed).T
+    y = product(x, weights.get("head", embed))
     cap = getattr(c, "logit_cap", None)
     return y if cap is None else cap * np.tanh(y / cap)
 
@@ -387,7 +413,7 @@ def gpt2(spec: Spec, weights: Mapping[str, Any], tokens: NDArray[np.int64]) -> F
         h = norm(x, p["mlp_norm"], p["mlp_norm_bias"])
         x = x + p.linear(gelu(p.linear(h, "mlp.up")), "mlp.down")
     x = norm(x, dequantize(weights["final_norm"]), dequantize(weights["final_norm_bias"]))
-    return x @ (dequantize(weights["head"]) if "head" in weights else embed).T
+    return product(x, weights.get("head", embed))
 
 
 REFERENCES: dict[str, Callable[[Spec, Mapping[str, Any], NDArray[np.int64]], Float64]] = {

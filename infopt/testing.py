@@ -64,6 +64,7 @@ from infopt.typing import Params
 EXAMPLES: tuple[Transform, ...] = (
     quantize(bits=8),
     quantize(bits=4, group=16),
+    quantize(bits=8, activations=8),
     quantize(bits=8, where="layers.0.*"),
     dequantize(),
     rotate(),
@@ -87,6 +88,7 @@ PACKINGS: tuple[Transform, ...] = (
     quantize(format="nvfp4"),
     quantize(bits=3, group=16),
     quantize(bits=2, group=16),
+    quantize(bits=4, group=16, activations=8),
     cache_kv(bits=4),
     cache_kv(bits=2, rotate=True),
     cache_kv(bits=4, split=4, tail=3),
@@ -96,8 +98,8 @@ PACKINGS: tuple[Transform, ...] = (
     quantize(bits=4, group=16, method=awq(_READ, tokens=64, length=32, grid=4)),
 )
 """One of each other packing: floats, minima, zero points, scales of scales, words of three bytes, four to a byte;
-keys rotated, and by channel; attention by block; inputs turned as they come; rounded by methods that read, one of
-which scales channels. Stacked in full pairs with the examples
+inputs rounded against groups; keys rotated, and by channel; attention by block; inputs turned as they come; rounded by
+methods that read, one of which scales channels. Stacked in full pairs with the examples
 over the first family."""
 
 _SIZES = dict(layers=3, dim=32, heads=4, kv_heads=2, head_dim=16, mlp=48, vocab=61, context=64, tied=False)
@@ -135,9 +137,11 @@ _HANDFUL = 8
 TOLERANCE = 1e-4
 """Of the standard deviation of the oracle's logits."""
 ROUNDED = {8: 3e-2, 4: 0.5, 2: 2.0}
+ROUNDED_INPUTS = 0.1
 TRIES = 8
-"""Where keys and values are rounded, and a value or a scale lay on the edge, it may round the other way. Such a stack
-is tried on so many texts at most, must stay within ROUNDED on each, by its bits, and within TOLERANCE on one."""
+"""Where keys and values, or inputs, are rounded, and a value or a scale lay on the edge, it may round the other way.
+Such a stack is tried on so many texts at most, must stay within ROUNDED on each, by its bits (within ROUNDED_INPUTS),
+and within TOLERANCE on one."""
 
 _CHUNK, _MAX_LEN, _LENGTHS = 5, 40, (26, 19, 11)
 
@@ -192,7 +196,7 @@ def verify(model: Model, params: Params, *, generation: bool = True) -> float:
       Mismatch: a difference beyond the tolerance, or a token that the oracle would not draw.
     """
     worst = np.inf
-    for text in range(TRIES if model.spec.kv else 1):
+    for text in range(TRIES if _edge(model.spec) > TOLERANCE else 1):
         worst = _verify_text(model, params, generation or model.spec.program is not None, text)
         if worst <= TOLERANCE:
             return worst
@@ -203,7 +207,8 @@ def verify(model: Model, params: Params, *, generation: bool = True) -> float:
 
 def _edge(spec: Spec) -> float:
     """What one rounding that goes the other way may change."""
-    return TOLERANCE if spec.kv is None else ROUNDED[spec.kv.format.row.bits]
+    kv = TOLERANCE if spec.kv is None else ROUNDED[spec.kv.format.row.bits]
+    return max(kv, ROUNDED_INPUTS) if any(f.activations is not None for _, f in spec.weights) else kv
 
 
 def _verify_text(model: Model, params: Params, generation: bool, text: int) -> float:
@@ -784,8 +789,8 @@ def markdown(results: dict[tuple[str, int], list[Outcome]]) -> str:
         "rollbacks; tokens drawn by every speculative stack and a third of the others are checked one by one (logits",
         "alone in families of which a handful of pairs is tried). With",
         f"rounded keys and values a value on the edge may round the other way: such a stack is tried on up to {TRIES}",
-        f"texts, and must agree within {ROUNDED[8]:g} on each ({ROUNDED[4]:g} with 4 bits, {ROUNDED[2]:g} with 2) and",
-        f"{TOLERANCE:g} on one.",
+        f"texts, and must agree within {ROUNDED[8]:g} on each ({ROUNDED[4]:g} with 4 bits, {ROUNDED[2]:g} with 2;",
+        f"{ROUNDED_INPUTS:g} where inputs are rounded) and {TOLERANCE:g} on one.",
         "Orders that give equal Specs and params run once. "
         + (
             "All of these families have such a model."

@@ -332,6 +332,12 @@ def _type_of(name: str, x: Any) -> GGMLQuantizationType:
             )
         wide = x.ndim == 1 or name.endswith(WIDE)
         return GGMLQuantizationType["F32" if wide else FLOATS[x.dtype.name]]
+    if x.format.activations is not None:
+        raise CheckpointError(
+            f"{name} cannot be written as a GGUF file: its inputs are rounded to {x.format.activations} bits.",
+            why="such a file says nothing of inputs, and whoever read it would compute something else.",
+            fix="the same quantize without activations, and params that were converted for it; or model.save(...)",
+        )
     if (kind := BLOCKS.get(x.format)) is None:
         alike = [fmt for fmt in BLOCKS if fmt.name == x.format.name] or list(BLOCKS)
         blocks = " or ".join(f"{fmt.name} in groups of {fmt.group} ({BLOCKS[fmt].name})" for fmt in alike)

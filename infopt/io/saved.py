@@ -372,6 +372,10 @@ def _problem(spec: Spec) -> str | None:
     matrices = {n.split(".", 2)[2] for n, shape in known.items() if n.startswith("layers.") and is_matrix(n, shape)}
     if spec.online != tuple(sorted(set(spec.online) & matrices)):
         return "it turns the input of what is no matrix of its layers"
+    if any(f.activations is not None and n != "head" and not n.startswith("layers.") for n, f in spec.weights):
+        return "it rounds the inputs of a table, which has none"
+    if spec.kv is not None and spec.kv.format.activations is not None:
+        return "it rounds the inputs of keys and values, which have none"
     if spec.attention not in CACHED:
         return f"its attention, {spec.attention!r:.40}, is no implementation here"
     if spec.page is not None and spec.kv is not None and spec.kv.split and spec.page % spec.kv.split:

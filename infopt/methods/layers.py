@@ -221,7 +221,8 @@ def _head(spec: Spec) -> tuple[Run, Callable[..., dict[str, Inputs]]]:
 def _tapped(forward: Run, p: dict[str, Any], x: Array, names: tuple[str, ...]) -> dict[str, Inputs]:
     def total(taps: dict[str, tuple[Array, Array]]) -> Array:
         tapped = {n: ops.Tapped(p[n], *tap, routed=tap[0].ndim > 2) for n, tap in taps.items()}
-        return jnp.sum(forward(p | tapped, x).astype(jnp.float32))
+        rounds = {n: ops.Straight(w) for n, w in p.items() if is_qtensor(w) and w.format.activations is not None}
+        return jnp.sum(forward(p | rounds | tapped, x).astype(jnp.float32))
 
     def zeros(w: Array) -> tuple[Array, Array]:
         lead, width = w.shape[:-2], w.shape[-1]

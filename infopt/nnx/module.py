@@ -95,6 +95,13 @@ def _weight(variable: Any) -> Any:
 def _product(layer: Any, x: Array, inputs: int, outputs: tuple[int, ...]) -> Array | None:
     kernel, bias = layer.kernel, layer.bias
     if (w := _weight(kernel)) is None:
+        run = _RUN.get(None)
+        if run and any(is_qtensor(w) and w.format.activations is not None for w in run.weights.values()):
+            raise InfoptError(
+                "a layer of the module multiplies by weights of its own, and inputs would not be rounded.",
+                why="it is called inside of a transformation of the module's (nnx.remat, say), which takes it apart.",
+                fix="the module without it, or quantize without activations",
+            )
         return None
     arrays = [kernel, *([] if bias is None else [bias])]
     dtype = layer.dtype or functools.reduce(jnp.promote_types, (a.dtype for a in arrays), x.dtype)

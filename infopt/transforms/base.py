@@ -164,7 +164,7 @@ def need_dense(step: Transform, spec: Spec, names: Iterable[str], why: str) -> N
             f = packed[name]
             raise order_error(
                 step,
-                f"needs dense weights, but {name} is packed as {f.name}" + f" in groups of {f.group}" * bool(f.group),
+                f"needs dense weights, but {name} is packed as {f.label}" + f" in groups of {f.group}" * bool(f.group),
                 why,
                 f"{step!r} before what packs them, or dequantize() | {step!r}",
             )

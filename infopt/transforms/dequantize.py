@@ -30,7 +30,7 @@ class Dequantize(Transform):
 
 
 def dequantize() -> Dequantize:
-    """Unpack every packed weight to float32: the values stay, exactly, the bytes grow.
+    """Unpack every packed weight to float32: the values stay, exactly, the bytes grow. Inputs are rounded no more.
 
     >>> import infopt as ip
     >>> (ip.quantize(bits=8) | dequantize())(ip.models.llama()).spec.weights

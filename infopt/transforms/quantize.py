@@ -50,6 +50,7 @@ class Quantize(Transform):
     clip: str | None = None
     pad: bool = False
     method: Method | None = None
+    activations: int | None = None
 
     @property
     def exact(self) -> bool:
@@ -62,9 +63,9 @@ class Quantize(Transform):
         row = FORMATS[name] if name in FORMATS else Format(name).row  # raises
         group = row.group if self.group is None else self.group
         if row.rule == "none":
-            return Format(name)
+            return Format(name, activations=self.activations)
         small = row.scale not in ("float16", "float32")
-        return Format(name, group, "float32" if group is None and not small else row.scale, self.pad)
+        return Format(name, group, "float32" if group is None and not small else row.scale, self.pad, self.activations)
 
     @property
     def rules(self) -> tuple[Rule, ...]:
@@ -122,6 +123,14 @@ class Quantize(Transform):
         need_dense(self, spec, formats, "rounding what is rounded already is another experiment than rounding once.")
         for name, fmt in formats.items():
             fmt.check_width(shapes(spec)[name][-1], name)
+            if fmt.activations is not None and name != "head" and not name.startswith("layers."):
+                tied = name == "embed" and "head" not in shapes(spec)
+                raise InfoptError(
+                    f"{self!r}: {name} is a table.",
+                    why="its rows are looked up, and there is no input to round"
+                    + (": it is the head too, but packed once." if tied else "."),
+                    fix="a where= that leaves it out, as 'layers.*'; and for it a quantize without activations",
+                )
         if self.method is not None:
             self.method.check(spec, formats)
 
@@ -197,6 +206,7 @@ def quantize(
     clip: str | None = None,
     pad: bool = False,
     method: Method | str | None = None,
+    activations: int | None = None,
 ) -> Quantize:
     """Store weights in few bits, rounded to the nearest level or by a method. Not exact.
 
@@ -204,7 +214,8 @@ def quantize(
     4 bits: packed two to a byte, symmetric in groups of `group` inputs (32 by default), scale = extreme value / -8,
     16-bit scales; 0.5625 bytes a weight in groups of 32. 3 and 2 bits alike, 0.4375 and 0.3125 bytes.
     `infopt.formats.FORMATS` lists all formats, and takes a user's own; nothing rounds to GGUF's K-quants, which are
-    kept as files hold them. Activations stay as they are, and products are accumulated in their type.
+    kept as files hold them. Activations stay as they are, and products are accumulated in their type, unless
+    `activations` says otherwise.
 
     Args:
       bits: 8 (the default), 4, 3 or 2; as format="int8", "int4", "int3", "int2".
@@ -217,9 +228,12 @@ def quantize(
       pad: fill rows up to whole groups where the group does not divide; what is filled up takes memory, and is counted.
       method: what chooses the codes: `ip.gptq(...)`, or "gptq" with its own arguments left as they are. It reads texts
         with the stack before it, when params are converted. By default each value is rounded to the nearest.
+      activations: 8 rounds what is multiplied by these weights to 8 bits as well, each token by a scale of its own, and
+        sums products in int32 (`infopt.kernels.int_matmul`, which defines it). Only of formats with whole levels.
 
     Raises:
-      InfoptError: bits, format or group make no format; a pattern matches nothing; the group does not divide.
+      InfoptError: bits, format or group make no format; a pattern matches nothing; the group does not divide;
+        activations where levels are not whole, or of a table.
       TransformOrderError: a matched weight is packed already.
 
     >>> import infopt as ip
@@ -228,6 +242,8 @@ def quantize(
     >>> mixed = quantize(where={"layers.0.*": None, "*.mlp.*": "nf4", "layers.*": 8})(ip.models.llama())
     >>> [mixed.spec.format_of(f"layers.{name}") for name in ("0.mlp.up", "1.mlp.up", "1.attn.q")]
     [None, Format(name='nf4', group=64, scale='float16'), Format(name='int8', group=None, scale='float32')]
+    >>> quantize(bits=8, activations=8)(ip.models.llama()).spec.format_of("layers.0.attn.q").label
+    'int8/a8'
     """
     mapping = isinstance(where, Mapping)
     if bits is None:
@@ -252,7 +268,14 @@ def quantize(
         raise InfoptError(f"quantize(clip={clip!r}) is no search.", why="one is known.", fix='clip="mse", or None')
     if not isinstance(pad, bool):
         raise InfoptError(f"quantize(pad={pad!r}) is no truth.", why="rows are padded or not.", fix="pad=True")
-    transform = Quantize(bits, group, _patterns(where), format, clip, pad, _method(method))
+    if activations is not None and (isinstance(activations, bool) or activations != 8):
+        raise InfoptError(
+            f"quantize(activations={activations!r}).",
+            why="inputs are rounded to 8 bits, or not at all.",
+            fix="activations=8, or None",
+        )
+    activations = None if activations is None else 8
+    transform = Quantize(bits, group, _patterns(where), format, clip, pad, _method(method), activations)
     for rule in transform.rules:
         _check_scale(transform, rule.format)
     return transform
