@@ -65,11 +65,17 @@ def defined(x, q):
     return y * scales, size * np.abs(scales)
 
 
+packed = jax.jit(lambda w, form: quantize_array(w, form, trailing=2), static_argnums=1)
+
+
 def drawn(rows, inputs, outputs, form, lead=(), dtype=np.float32, seed=0):
     r = np.random.default_rng(seed)
     x = r.normal(size=(rows, inputs)) * 10.0 ** r.integers(-3, 3, (rows, 1))
     w = r.normal(size=(*lead, outputs, inputs)) + 0.3
-    return jnp.asarray(x, dtype), quantize_array(jnp.asarray(w, jnp.float32), form, trailing=2)
+    return jnp.asarray(x, dtype), packed(jnp.asarray(w, jnp.float32), form)
+
+
+INT8, INT4 = Format("int8"), Format("int4", 32, "float16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,11 +84,10 @@ class Shape:
     rows: int = 5
     inputs: int = 64
     outputs: int = 24
-    form: Format = Format("int8")
+    form: Format = INT8
     dtype: str = "float32"
 
 
-INT4 = Format("int4", 32, "float16")
 CONTRACT = [
     Shape("one row", rows=1),
     Shape("one term, one column", inputs=1, outputs=1),
@@ -152,7 +157,7 @@ def test_codes_and_sums_are_those_of_the_definition_exactly(shape):
 def test_sums_beyond_what_float32_holds_are_exact():
     """All codes and levels at their greatest: 4096 * 127 * 127 + 1 would be lost in float32."""
     x = jnp.ones((1, 4097)).at[0, -1].set(1 / 127)
-    q = quantize_array(jnp.ones((1, 4097)).at[0, -1].set(1 / 127), Format("int8"), trailing=2)
+    q = quantize_array(jnp.ones((1, 4097)).at[0, -1].set(1 / 127), INT8, trailing=2)
     dots, _ = xla.sums(jax.tree.map(lambda leaf: leaf[0], xla.in_groups(rounded(x)[0], q)))
     assert int(dots[0, 0]) == 4096 * 127 * 127 + 1 > 2**24
     x, q = jnp.ones((1, MOST)), quantize_array(jnp.ones((1, MOST)), Format("int8_zero", None), trailing=2)
@@ -168,7 +173,7 @@ def test_ties_round_to_even_and_nothing_exceeds_127():
 
 
 def test_a_row_of_zeros_gives_zeros_and_tiny_ones_count_as_zeros():
-    x, q = drawn(3, 16, 8, Format("int8"))
+    x, q = drawn(3, 16, 8, INT8)
     x = x.at[0].set(0.0).at[1].set(jnp.float32(1e-37))
     y = int_matmul(x, q)
     assert not np.asarray(y[:2]).any() and np.asarray(y[2]).all()
@@ -177,14 +182,14 @@ def test_a_row_of_zeros_gives_zeros_and_tiny_ones_count_as_zeros():
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_a_row_with_nan_or_infinity_gives_nan_and_no_other_row_does(name, bad):
-    x, q = drawn(3, 16, 8, Format("int8"))
+    x, q = drawn(3, 16, 8, INT8)
     q = dataclasses.replace(q, codes=q.codes.at[0].set(0))  # against zeros too
     y = np.asarray(int_matmul(x.at[1, 3].set(bad), q, implementation=name, **RUNS[name]))
     assert np.isnan(y[1]).all()
     np.testing.assert_array_equal(y[[0, 2]], np.asarray(int_matmul(x, q, implementation=name, **RUNS[name]))[[0, 2]])
 
 
-@pytest.mark.parametrize("form", [Format("int8"), INT4, Format("int4_min", 32, "float16")], ids=lambda f: f.name)
+@pytest.mark.parametrize("form", [INT8, INT4, Format("int4_min", 32, "float16")], ids=lambda f: f.name)
 def test_a_rows_result_depends_on_no_other_row(form):
     """An outlier beside it changes nothing, and neither does the number of rows: to the bit."""
     x, q = drawn(33, 64, 24, form)
@@ -197,7 +202,7 @@ def test_a_rows_result_depends_on_no_other_row(form):
 
 def test_an_outlier_costs_its_own_row_alone():
     """The step is 1/127 of a row's greatest value: what an outlier of a thousand hides is lost."""
-    x, q = drawn(2, 64, 24, Format("int8"))
+    x, q = drawn(2, 64, 24, INT8)
     x = (x / jnp.max(jnp.abs(x), -1, keepdims=True)).at[0, 5].set(1000.0)
     codes, _ = rounded(x)
     assert np.count_nonzero(codes[0]) == 1 < 50 < np.count_nonzero(codes[1])
@@ -209,25 +214,25 @@ def test_an_outlier_costs_its_own_row_alone():
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 @pytest.mark.parametrize(("lead", "layer"), [((3,), 2), ((2, 3), (1, 2)), ((3,), (None, 1))], ids=str)
 def test_a_matrix_is_read_where_it_lies_in_the_stack(name, lead, layer):
-    x, q = drawn(5, 40, 24, Format("int8"), lead=lead)
+    x, q = drawn(5, 40, 24, INT8, lead=lead)
     index = tuple(i for i in (layer if isinstance(layer, tuple) else (layer,)) if i is not None)
     got = jax.jit(lambda x, q: int_matmul(x, q, layer, implementation=name, **RUNS[name]))(x, q)
     np.testing.assert_array_equal(got, defined(x, q[index])[0])
 
 
 def test_more_axes_of_rows_are_rows():
-    x, q = drawn(6, 40, 24, Format("int8"))
+    x, q = drawn(6, 40, 24, INT8)
     np.testing.assert_array_equal(int_matmul(x.reshape(2, 3, 40), q).reshape(6, 24), int_matmul(x, q))
 
 
 def test_the_product_is_near_the_unrounded_one():
-    x, q = drawn(20, 512, 64, Format("int8"))
+    x, q = drawn(20, 512, 64, INT8)
     want = np.asarray(x) @ np.asarray(dequantize_array(q)).T
     off = np.linalg.norm(np.asarray(int_matmul(x, q)) - want, axis=-1) / np.linalg.norm(want, axis=-1)
     assert 1e-4 < off.max() < 0.02
 
 
-X, Q = drawn(5, 40, 24, Format("int8"))
+X, Q = drawn(5, 40, 24, INT8)
 WRONG = {
     "width": (lambda: int_matmul(X[:, :39], Q), "x \\(5, 39\\)"),
     "layer": (lambda: int_matmul(X, Q, 0), "layer of 1 numbers"),
@@ -254,7 +259,7 @@ WRONG = {
 
 
 def drawn_zeros(inputs):
-    return jnp.zeros((1, inputs)), quantize_array(jnp.zeros((1, inputs)), Format("int8"), trailing=2)
+    return jnp.zeros((1, inputs)), quantize_array(jnp.zeros((1, inputs)), INT8, trailing=2)
 
 
 @pytest.mark.parametrize(("call", "said"), WRONG.values(), ids=WRONG)
