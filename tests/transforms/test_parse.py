@@ -162,10 +162,10 @@ def test_an_unknown_name_gets_a_suggestion(text: str, near: str) -> None:
 @pytest.mark.parametrize(
     ("text", "signature"),
     [
-        ("quantize(bitz=8)", "quantize(bits, group, where, format, clip, pad, method)"),
+        ("quantize(bitz=8)", "quantize(bits, group, where, format, clip, pad, method, activations)"),
         ("gqa()", "gqa(kv_heads, init, seed)"),
         ("gqa(1, 2, 3, 4)", "gqa(kv_heads, init, seed)"),
-        ("quantize(8, bits=8)", "quantize(bits, group, where, format, clip, pad, method)"),
+        ("quantize(8, bits=8)", "quantize(bits, group, where, format, clip, pad, method, activations)"),
         ("sliding_window()", "sliding_window(size, sinks, layers)"),
         ("dequantize(1)", "dequantize()"),
     ],
