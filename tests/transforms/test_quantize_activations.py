@@ -206,9 +206,9 @@ def test_statistics_go_through_matrices_that_round_their_inputs():
     tokens = np.random.default_rng(0).integers(0, 61, (3, 16))
     found = {}
 
-    def change(grams):
-        found.update(grams)
-        return {name: weights[name] for name in grams}
+    def change(layer):
+        found.update({layer.prefix + n: inputs.gram for n, inputs in layer.statistics.items()})
+        return {n: layer.p[n] for n in layer.names}
 
     names = {f"layers.0.mlp.{n}" for n in ("gate", "down")} | {"layers.0.attn.q"}
     weights_dense = {n: weights[n] for n in weights} | {
@@ -237,9 +237,9 @@ def test_experts_statistics_count_only_the_tokens_that_are_used_there():
         weights = Weights.of(before.spec, before.convert(params))
         tokens = np.random.default_rng(0).integers(0, 61, (2, 12))
 
-        def change(found, weights=weights):
-            grams.append(found)
-            return {name: weights[name] for name in found}
+        def change(layer):
+            grams.append({layer.prefix + n: inputs.gram for n, inputs in layer.statistics.items()})
+            return {n: layer.p[n] for n in layer.names}
 
         by_layer(before.spec, weights, tokens, {"layers.0.mlp.experts.gate"}, change)
     one, other = (g["layers.0.mlp.experts.gate"] for g in grams)
