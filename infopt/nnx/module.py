@@ -68,6 +68,7 @@ class Run:
     attend: Callable[[int, Array, Array, Array], Array]
     watch: Callable[[Call], None] | None = None
     weights: dict[int, Any] = dataclasses.field(default_factory=dict)  # by the id of the variable that they stand for
+    used: set[int] = dataclasses.field(default_factory=set)  # of these, what the library's layers asked for
     calls: int = 0
 
 
@@ -89,19 +90,15 @@ _RUN: ContextVar[Run] = ContextVar("infopt_nnx_run")
 def _weight(variable: Any) -> Any:
     """The stored form of a variable; None where the module was taken apart by a transformation of its own."""
     run = _RUN.get(None)
-    return None if run is None else run.weights.get(id(variable))
+    if run is None or id(variable) not in run.weights:
+        return None
+    run.used.add(id(variable))
+    return run.weights[id(variable)]
 
 
 def _product(layer: Any, x: Array, inputs: int, outputs: tuple[int, ...]) -> Array | None:
     kernel, bias = layer.kernel, layer.bias
     if (w := _weight(kernel)) is None:
-        run = _RUN.get(None)
-        if run and any(is_qtensor(w) and w.format.activations is not None for w in run.weights.values()):
-            raise InfoptError(
-                "a layer of the module multiplies by weights of its own, and inputs would not be rounded.",
-                why="it is called inside of a transformation of the module's (nnx.remat, say), which takes it apart.",
-                fix="the module without it, or quantize without activations",
-            )
         return None
     arrays = [kernel, *([] if bias is None else [bias])]
     dtype = layer.dtype or functools.reduce(jnp.promote_types, (a.dtype for a in arrays), x.dtype)
@@ -334,16 +331,27 @@ class Opened:
 
     def __call__(self, weights: Mapping[str, Any], tokens: Array, positions: Array, run: Run) -> Any:
         """What the module computes, its dense layers and its attention being the library's."""
-        module = self.restored(weights)
+        module, names = self.restored(weights), dict[int, str]()
         for path, m in list(nnx.iter_graph(module)):
             if path in self._layers:
                 m.__class__ = REPLACED[type(m)]
                 variable = self._layers[path]
-                run.weights[id(getattr(m, variable[-1]))] = weights[self.names[variable]]
+                own = id(getattr(m, variable[-1]))
+                names[own] = self.names[variable]
+                run.weights[own] = weights[names[own]]
             elif isinstance(m, nnx.Module) and callable(getattr(m, "attention_fn", None)):
                 cast(Any, m).attention_fn = functools.partial(_attention, path, cast(Any, m).attention_fn)
         with _running(run):
-            return self._call(module, tokens, positions)
+            out = self._call(module, tokens, positions)
+        for own, name in names.items():
+            w = run.weights[own]
+            if is_qtensor(w) and w.format.activations is not None and own not in run.used:
+                raise InfoptError(
+                    f"the module multiplies by {name} by itself, and its inputs would not be rounded.",
+                    why="its code reads the kernel, or calls the layer within a transformation (nnx.remat, say).",
+                    fix="quantize without activations for it",
+                )
+        return out
 
     def _call(self, module: Any, tokens: Array, positions: Array) -> Any:
         return module(tokens) if self.positions is None else module(tokens, **{self.positions: positions})

@@ -126,8 +126,8 @@ class Quantize(Transform):
             if fmt.activations is not None and name != "head" and not name.startswith("layers."):
                 tied = name == "embed" and "head" not in shapes(spec)
                 raise InfoptError(
-                    f"{self!r}: {name} is a table.",
-                    why="its rows are looked up, and there is no input to round"
+                    f"{self!r}: {name} is no layer's matrix, and no head.",
+                    why="it is taken for a table, whose rows are looked up: there is no input to round"
                     + (": it is the head too, but packed once." if tied else "."),
                     fix="a where= that leaves it out, as 'layers.*'; and for it a quantize without activations",
                 )

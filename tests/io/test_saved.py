@@ -553,6 +553,11 @@ DAMAGES: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     "unknown packing": (spec(lambda x: x["weights"][0][1].update(name="int5")), "unknown weight format"),
     "group that divides not": (spec(lambda x: x["weights"][0][1].update(group=6)), "does not divide"),
     "scales of text": (spec(lambda x: x["weights"][0][1].update(scale="string")), "scales of an unknown type"),
+    "a table's inputs": (
+        spec(lambda x: x["weights"].insert(0, ["embed", x["weights"][0][1] | {"activations": 8}])),
+        "rounds the inputs of a table",
+    ),
+    "inputs of 4 bits": (spec(lambda x: x["weights"][0][1].update(activations=4)), "activations of 4 bits"),
     "another group": (spec(lambda x: x["weights"][0][1].update(group=8)), "and its Spec says [4, 1]"),
     "pages of nothing": (spec(set_(page=0)), "pages of 0 slots"),
     "turned norm": (spec(set_(online=["attn_norm"])), "turns the input of what is no matrix"),

@@ -125,6 +125,27 @@ def test_a_matrix_that_the_code_reads_by_itself_may_be_packed_too() -> None:
     assert off(jax.jit(fast.apply)(packed, jnp.asarray([text()]))[0][0], own_logits(rounded, text())) < 1e-4
 
 
+def test_inputs_that_the_code_would_not_round_are_refused() -> None:
+    class Remade(modules.Block):
+        def __call__(self, x: jax.Array, **attention: Any) -> jax.Array:
+            x = x + self.attention(self.first(x), **attention)
+            return x + self.down(nnx.gelu(nnx.remat(lambda up, x: up(x))(self.up, self.second(x))))
+
+    class Outer(modules.ByFlag):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            super().__init__(rngs)
+            self.blocks = nnx.List([Remade(rngs=rngs) for _ in range(2)])
+
+    model, params = ip.from_nnx(Outer(nnx.Rngs(0)))
+    ids = jnp.asarray([text()])
+    with pytest.raises(ip.InfoptError, match=r"layers\.0\.up by itself") as e:
+        fast = ip.quantize(bits=8, activations=8)(model)
+        fast.apply(fast.convert(params), ids)
+    assert "without activations" in str(e.value)
+    others = ip.quantize(bits=8, activations=8, where="*.down")(model)
+    assert np.isfinite(others.apply(others.convert(params), ids)[0]).all()
+
+
 def test_a_window_is_what_flax_computes_under_the_same_mask() -> None:
     _, model, params = made("gpt")
     local = modules.Local(rngs=nnx.Rngs(1))

@@ -266,11 +266,11 @@ WRONG = {
         "against weights in nf4",
     ),
     "Format": (lambda: Format("int8", activations=16), "activations of 16 bits"),
-    "embed": (lambda: ip.quantize(where="embed", activations=8)(small()[0]), "embed is a table"),
-    "tied": (lambda: ip.quantize(where=["layers.*", "embed"], activations=8)(tied()), "embed is a table"),
+    "embed": (lambda: ip.quantize(where="embed", activations=8)(small()[0]), "embed is no layer's matrix"),
+    "tied": (lambda: ip.quantize(where=["layers.*", "embed"], activations=8)(tied()), "embed is no layer's matrix"),
     "positions": (
         lambda: ip.quantize(where="positions", activations=8)(ip.models.gpt2(layers=1)),
-        "positions is a table",
+        "positions is no layer's matrix",
     ),
     "twice": (lambda: (W8A8 | W8)(small()[0]), "packed as int8/a8"),
     "a table, looked up": (
