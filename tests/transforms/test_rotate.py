@@ -16,7 +16,7 @@ from infopt import hadamard, testing
 from infopt.errors import InfoptError, TransformOrderError
 from infopt.io.checkpoint import CheckpointError
 from infopt.methods.gptq import solved
-from infopt.methods.layers import by_layer
+from infopt.methods.layers import Layer, by_layer
 from infopt.model import Weights, assemble, family_of, stream_of
 from infopt.transforms.rotate import rotation
 
@@ -295,9 +295,12 @@ def test_statistics_are_those_of_the_rotated_stack(name: str, online: bool) -> N
     last = ip.quantize(bits=4, group=16, where=name, method=method)
     weights, turned = Weights.of(model.spec, params), Weights.of(bare.spec, bare.convert(params))
     grams: dict[str, np.ndarray] = {}
-    by_layer(
-        model.spec, weights, method.windows(model), {name}, lambda g: grams.update(g) or {n: weights[n] for n in g}
-    )
+
+    def change(layer: Layer) -> dict[str, Any]:
+        grams.update({layer.prefix + n: np.asarray(inputs.gram) for n, inputs in layer.statistics.items()})
+        return {n: layer.p[n] for n in layer.names}
+
+    by_layer(model.spec, weights, method.windows(model), {name}, change)
     gram = grams[name].astype(np.float64)  # what enters it in the base, of which the stack's is known
     if online:
         turn = np.asarray(hadamard.turned(jnp.eye(48)), np.float64)
