@@ -64,10 +64,8 @@ from infopt.typing import Params
 EXAMPLES: tuple[Transform, ...] = (
     quantize(bits=8),
     quantize(bits=4, group=16),
-    quantize(bits=8, activations=8),
     quantize(bits=8, where="layers.0.*"),
     dequantize(),
-    rotate(),
     gqa(1),
     sliding_window(6),
     sliding_window(5, sinks=2, layers=[0, 1]),
@@ -93,14 +91,15 @@ PACKINGS: tuple[Transform, ...] = (
     cache_kv(bits=2, rotate=True),
     cache_kv(bits=4, split=4, tail=3),
     flash_attention("blockwise"),
+    rotate(),
     rotate(seed=1, online=True),
+    quantize(bits=8, activations=8),
     quantize(bits=4, group=16, method=gptq(_READ, tokens=64, length=32)),
     quantize(bits=4, group=16, method=awq(_READ, tokens=64, length=32, grid=4)),
 )
 """One of each other packing: floats, minima, zero points, scales of scales, words of three bytes, four to a byte;
 inputs rounded against groups; keys rotated, and by channel; attention by block; inputs turned as they come; rounded by
-methods that read, one of which scales channels. Stacked in full pairs with the examples
-over the first family."""
+methods that read, one of which scales channels. Stacked in full pairs with the examples over the first family."""
 
 _SIZES = dict(layers=3, dim=32, heads=4, kv_heads=2, head_dim=16, mlp=48, vocab=61, context=64, tied=False)
 _YARN = YarnRope(factor=4.0, original_context=16, beta_fast=2.0, attention_factor=1.1)
