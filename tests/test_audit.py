@@ -328,7 +328,7 @@ def test_an_expert_that_nothing_went_into_is_named() -> None:
     away = {**blocks, "mlp.router": router.at[1, :2].multiply(0)}
     lone = {**params, "segments": (({**away},),)}
     text = np.random.default_rng(0).integers(0, model.spec.config.vocab, 256)
-    for method in (ip.gptq(text, length=32), ip.distilled(text, length=32, start=ip.gptq(text, length=32), steps=2)):
+    for method in (ip.gptq(text, length=32), ip.autoround(text, length=32, start=ip.gptq(text, length=32), steps=1)):
         stack = ip.quantize(bits=4, group=16, method=method)(model)
         own = stack.convert(lone)
         said = {line.name: line.changed for line in stack.audit(own).lines if "unread" in line.changed}

@@ -65,7 +65,8 @@ def test_kl_is_that_of_the_stack_with_one_matrix_packed(family: str) -> None:
 
 @pytest.mark.parametrize(
     "before",
-    ["cache_kv(bits=8)", "gqa(kv_heads=1)", "sliding_window(8, sinks=2)", "cache_kv() | paged(page=8)"]
+    ["cache_kv(bits=8)", "gqa(kv_heads=1)", "sliding_window(8, sinks=2)", "cache_kv() | paged(page=8)",
+     "rotate(online=True)"]
 )  # fmt: skip
 def test_any_stack_is_a_base(before: str) -> None:
     model, params = made(ip.models.llama(context=64, heads=4, kv_heads=2))

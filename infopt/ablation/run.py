@@ -231,7 +231,7 @@ def _check_apart(row: str, stack: Model, model: Model, cut: Windows) -> None:
     while stack != model and stack.parent is not None and stack.transform is not None:
         try:
             if read := stack.transform.reads(stack.parent):
-                check_disjoint(read, cut)
+                check_disjoint(read, cut, min(32, *map(len, read)))
         except EvaluationError as error:
             raise EvaluationError(f"{row}: {error.what}", why=error.why, fix=error.fix) from error
         stack = stack.parent

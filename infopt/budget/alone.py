@@ -14,7 +14,7 @@ from infopt import ops
 from infopt.ablation.run import _bar
 from infopt.errors import EvaluationError, InfoptError
 from infopt.evaluate import Windows, divergence
-from infopt.model import Family, Model, build, check_params, family_of, segments
+from infopt.model import Family, Model, as_run, build, check_params, family_of, segments
 from infopt.qtensor import Format, dequantize_array, quantize_array
 from infopt.spec import Spec
 from infopt.typing import Array, Params
@@ -234,6 +234,7 @@ def _layer_program(family: Family, spec: Spec, phase: int, window: Any) -> Calla
         at = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (batch, length))
         lengths, keep = jnp.full(batch, length, jnp.int32), jnp.ones((batch, length), bool)
         context = ops.Context(at, keep, lengths, window, spec.kv, attention=spec.attention)
-        return block(spec.config, phase, p, x, None, functools.partial(ops.attend, context=context), None)[0]
+        attend = functools.partial(ops.attend, context=context)
+        return block(spec.config, phase, as_run(spec, p), x, None, attend, None)[0]
 
     return jax.jit(forward)

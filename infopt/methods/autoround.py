@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from infopt.errors import InfoptError
-from infopt.methods.base import Method, check_reading, like_rounded, nearest, text_of
+from infopt.methods.base import Method, check_reading, like_rounded, nearest, refuse_rounded_inputs, text_of
 from infopt.methods.kept import Kept
 from infopt.methods.layers import Layer, Run, by_layer
 from infopt.model import Model, Weights, shapes
@@ -37,10 +37,21 @@ class AutoRound(Method):
     rate: float | None = None
     seed: int = 0
 
+    @property
+    def first(self) -> Method | None:
+        return self.start
+
     def check(self, spec: Spec, formats: Mapping[str, Format]) -> None:
         super().check(spec, formats)
         if self.start is not None:
             self.start.check(spec, formats)
+        if any(not n.startswith("layers.") for n in formats):
+            raise InfoptError(
+                f"{self!r} learns no head.",
+                why="what it gives, for all that is read, would have to be held: a number a word and token.",
+                fix="a quantize(where='head') of its own, with ip.gptq(), say",
+            )
+        refuse_rounded_inputs(self, spec, formats)
         for name, form in formats.items():
             if form.row.levels is not None or form.row.dtype is not None or form.row.tensor:
                 raise InfoptError(

@@ -37,6 +37,11 @@ class Method(abc.ABC):
     length: int = 512
 
     @property
+    def first(self) -> Method | None:
+        """The method that this one goes on from."""
+        return None
+
+    @property
     def name(self) -> str:
         """The factory's, as in a stack's text."""
         return type(self).__name__.lower()
@@ -73,20 +78,23 @@ class Method(abc.ABC):
         self, model: Model, weights: Weights, formats: Mapping[str, Format], clip: str | None
     ) -> dict[str, Any]:
         """The same, out of what was kept where it was computed before."""
-        tokens = self.windows(model)
-        told = f"{self!r} {self.digest()} {hashlib.sha256(tokens.tobytes()).hexdigest()}"
-        kept = kept_for(told, model.spec, weights, formats, clip, jax.default_backend())
+        read = hashlib.sha256(b"".join(row.tobytes() for row in self.reads(model))).hexdigest()
+        kept = kept_for(f"{self!r} {read}", model.spec, weights, formats, clip, jax.default_backend())
         return self.round(model, weights, formats, clip, kept)
 
     def digest(self) -> str:
-        """Of the text: with the repr, it says what was computed."""
+        """Of all texts that are read: with the repr, it says what was computed."""
+        own = self._text()
+        return own if self.first is None else texts.digest(own + self.first.digest())
+
+    def _text(self) -> str:
         if isinstance(self.text, tuple):
             return hashlib.sha256(np.asarray(self.text, "<i8").tobytes()).hexdigest()[:12]
         return texts.digest(texts.topics("calibration") if self.text is None else self.text)
 
     def __repr__(self) -> str:
         given = [
-            f"{f.name}={self.digest() if f.name == 'text' else getattr(self, f.name)!r}"
+            f"{f.name}={self._text() if f.name == 'text' else getattr(self, f.name)!r}"
             for f in dataclasses.fields(self)
             if getattr(self, f.name) != f.default
         ]
@@ -94,8 +102,7 @@ class Method(abc.ABC):
 
     def reads(self, model: Model) -> list[np.ndarray]:
         """All that is read, rows of token ids; a method that starts from another reads that one's text too."""
-        start = getattr(self, "start", None)
-        return [*self.windows(model), *([] if start is None else start.reads(model))]
+        return [*self.windows(model), *([] if self.first is None else self.first.reads(model))]
 
     def windows(self, model: Model) -> np.ndarray:
         """The tokens `[N, length]` that are read, equally spaced in the text.
@@ -138,9 +145,6 @@ class Method(abc.ABC):
 class ByLayer(Method):
     """A method that changes one layer after the other, each on what the changed ones before it give."""
 
-    targets = False
-    """Whether `change` looks at what the layer gave before anything was changed."""
-
     @abc.abstractmethod
     def change(self, layer: Layer, formats: Mapping[str, Format], clip: str | None) -> dict[str, Any]:
         """What takes the place of a layer's weights, by name within it; so are `formats`."""
@@ -157,7 +161,7 @@ class ByLayer(Method):
                 like[n] = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), weights[n])
         return by_layer(
             model.spec, weights, self.windows(model), set(formats), change,
-            what=self.name, targets=self.targets, kept=kept, like=like,
+            what=self.name, kept=kept, like=like,
         )  # fmt: skip
 
 
@@ -183,7 +187,10 @@ def text_of(text: Any, what: str) -> str | tuple[int, ...] | None:
         return text
     if isinstance(text, list | tuple) and text and all(isinstance(each, str) for each in text):
         return "\n\n".join(text)
-    ids = np.asarray(text)
+    try:
+        ids: Any = np.asarray(text)
+    except ValueError:  # rows of different lengths
+        ids = np.zeros((0, 0), np.int32)
     if ids.ndim != 1 or not ids.size or ids.dtype.kind not in "iu":
         raise InfoptError(
             f"{what} was given {type(text).__name__} to read.",
@@ -204,6 +211,17 @@ def check_reading(what: str, **counts: Any) -> None:
 
 
 _COUNTED = {"steps": "steps", "batch": "windows"}
+
+
+def refuse_rounded_inputs(method: Method, spec: Spec, formats: Mapping[str, Format]) -> None:
+    """Raise where a gradient would have to go through inputs that are rounded."""
+    for name, form in (*formats.items(), *spec.weights):
+        if form.activations is not None:
+            raise InfoptError(
+                f"{method!r}: the inputs of {name} are rounded.",
+                why="gradients do not go through what is rounded.",
+                fix="ip.gptq() or ip.smoothquant(), which take none",
+            )
 
 
 def nothing_went_in(method: Method, name: str) -> InfoptError:

@@ -15,10 +15,10 @@ import optax
 
 from infopt import ops
 from infopt.errors import InfoptError
-from infopt.methods.base import Method, check_reading, nearest, text_of
+from infopt.methods.base import Method, check_reading, nearest, refuse_rounded_inputs, text_of
 from infopt.methods.kept import Kept
 from infopt.methods.layers import Run, embedded, layer_of, programs, scannable, top_of
-from infopt.model import Model, Weights
+from infopt.model import Family, Model, Weights
 from infopt.progress import bar
 from infopt.qtensor import Format, QTensor, dequantize_array, measured
 from infopt.spec import Spec
@@ -44,10 +44,15 @@ class Distilled(Method):
     def gives(self, model: Model, formats: Mapping[str, Format]) -> list[str]:
         return list(formats) if self.start is None else self.start.gives(model, formats)
 
+    @property
+    def first(self) -> Method | None:
+        return self.start
+
     def check(self, spec: Spec, formats: Mapping[str, Format]) -> None:
         super().check(spec, formats)
         if self.start is not None:
             self.start.check(spec, formats)
+        refuse_rounded_inputs(self, spec, formats)
         for name, form in formats.items():
             if form.row.tensor or form.row.rule == "power" or form.scale not in ("float16", "float32", "bfloat16"):
                 raise InfoptError(
@@ -71,8 +76,12 @@ class Distilled(Method):
             begun: dict[str, Any] = {n: nearest(weights[n], f, clip) for n, f in formats.items()}
         else:
             begun = self.start.rounded(model, weights, formats, clip)
-        run = _Distillation(self, model.spec, weights, begun, tokens[:-held], tokens[-held:], kept)
-        trained = run.trained()
+        packed = {n: q for n, q in begun.items() if isinstance(q, QTensor)}
+        found = kept.get("changes", {n: _unchanged(q) for n, q in packed.items()})
+        if found is None:
+            found = _Distillation(self, model.spec, weights, begun, tokens[:-held], tokens[-held:], kept).trained()
+            kept.put("changes", found)
+        trained = {n: _changed(q, found[n], stored=True) for n, q in packed.items()}
         if set(self.gives(model, formats)) == set(formats):  # else what was rounded is not in `weights`
             trained = {n: _measured(q, weights[n], begun[n].error) for n, q in trained.items()}
         return begun | trained
@@ -113,19 +122,20 @@ class _Distillation:
         self.student = weights.made(begun, lambda name: begun[name])
         self.begun = {n: q for n, q in begun.items() if isinstance(q, QTensor)}
         self.top = top_of(spec, self.student)
-        self.programs = [_trained(spec, i % spec.config.period, spec.window[i]) for i in range(spec.config.layers)]
-        self.loss = _loss(spec)
+        self.runs = [programs(spec, i % spec.config.period, spec.window[i])[0] for i in range(spec.config.layers)]
+        self.programs = [_trained(run) for run in self.runs]
+        self.loss = _loss(spec, scannable(spec))
         top = top_of(spec, weights)
         self.plain_head = top.get("head", top["embed"])
         self.rows = np.concatenate([tokens, held])
         xs = embedded(spec, top, self.rows, 1)
         for i in range(spec.config.layers):
             p = layer_of(spec, weights, i)
-            xs = [programs(spec, i % spec.config.period, spec.window[i])[0](p, x) for x in xs]
+            xs = [self.runs[i](p, x) for x in xs]
         hidden = jax.jit(functools.partial(scannable(spec).final, spec.config))  # type: ignore[arg-type]
         self.aims = [hidden(top, x) for x in xs]
 
-    def trained(self) -> dict[str, QTensor]:
+    def trained(self) -> dict[str, Change]:
         how, zero = self.how, {n: _unchanged(q) for n, q in self.begun.items()}
         adam = {rate: optax.adam(optax.cosine_decay_schedule(rate, how.steps), b2=0.95) for rate in how.rates}
         part = max(how.steps // PARTS, 1)
@@ -155,7 +165,7 @@ class _Distillation:
                     break
                 state = self._steps(f"rate-{best}-to-{end}", state, adam[rate], begin, end)
                 show(end + part * (len(how.rates) - 1), f"distilled, KL {float(first):.4f} to {float(found[0]):.4f}")
-        return {n: _changed(q, found[1][n], stored=True) for n, q in self.begun.items()}
+        return found[1]
 
     def _steps(self, name: str, state: _State, optimiser: Any, begin: int, end: int) -> _State:
         """The state after steps `begin` to `end`; its KL is infinite where one was not finite."""
@@ -235,9 +245,8 @@ def _dense(p: dict[str, Any], changes: dict[str, Change]) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=64)
-def _trained(spec: Spec, phase: int, window: Any) -> tuple[Run, Callable[..., Any]]:
+def _trained(run: Run) -> tuple[Run, Callable[..., Any]]:
     """A layer with changed scales `(p, changes, x) -> x`; and `(p, changes, x, slope of x) -> slopes of both`."""
-    run = programs(spec, phase, window)[0]
 
     def forward(p: dict[str, Any], changes: dict[str, Change], x: Array) -> Array:
         return run(_dense(p, changes), x)
@@ -249,9 +258,8 @@ def _trained(spec: Spec, phase: int, window: Any) -> tuple[Run, Callable[..., An
 
 
 @functools.lru_cache(maxsize=16)
-def _loss(spec: Spec) -> tuple[Callable[..., Array], Callable[..., Any]]:
+def _loss(spec: Spec, family: Family) -> tuple[Callable[..., Array], Callable[..., Any]]:
     """Mean over tokens of KL(what the model was || what it is); and the same with slopes of the head and its input."""
-    family = scannable(spec)
 
     def words(hidden: Array, table: Any) -> Array:
         logits = ops.linear(hidden, table).astype(jnp.float32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import importlib.metadata
 import json
 import os
 import secrets
@@ -18,12 +19,12 @@ import numpy as np
 
 from infopt.errors import InfoptError
 from infopt.folders import cache_folder
-from infopt.model import Weights, shapes
+from infopt.model import Weights, family_of, shapes
 from infopt.qtensor import Format
 from infopt.spec import Spec
 
 MOST = 8 << 30
-"""Bytes that all results may take; when a new one is begun, the oldest make room for it."""
+"""Bytes that all results may take; when a new one is begun, those used longest ago make room for it."""
 
 
 class Kept:
@@ -39,6 +40,7 @@ class Kept:
         leaves, structure = jax.tree.flatten(like)
         try:
             data = (self.folder / step).read_bytes()
+            os.utime(self.folder)  # those that were used longest ago make room
         except OSError:
             return None
         body, told = data[:-32], data[-32:]
@@ -80,10 +82,11 @@ def kept_for(
 ) -> Kept:
     """Where the steps of a method on these weights are kept: a hash of all that they depend on names the folder.
 
-    `INFOPT_METHOD_CACHE=0` keeps nothing.
+    `INFOPT_METHOD_CACHE=0` keeps nothing; nor is anything kept of a family that is not the library's own.
     """
-    if os.environ.get("INFOPT_METHOD_CACHE") == "0":
-        return Kept(None)
+    own = family_of(spec).block
+    if os.environ.get("INFOPT_METHOD_CACHE") == "0" or own is None or not own.__module__.startswith("infopt."):
+        return Kept(None)  # a family of the user's own may be another tomorrow, under the same name
     told = {
         "method": method,
         "spec": spec.to_json(),
@@ -106,13 +109,12 @@ def kept_for(
 
 @functools.cache
 def _source() -> str:
-    """A hash of the code that a result depends on, beside JAX's."""
-    package, found = Path(__file__).parents[1], hashlib.sha256(jax.__version__.encode())
-    rooms = sorted([*package.glob("methods/*.py"), *package.glob("models/*.py"), *package.glob("kernels/**/*.py")])
-    for file in (
-        *rooms,
-        *(package / f"{name}.py" for name in ("formats", "qtensor", "ops", "model", "cache", "masks")),
-    ):
+    """A hash of the code that a result depends on."""
+    versions = [importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy", "optax")]
+    package, found = Path(__file__).parents[1], hashlib.sha256(json.dumps(versions).encode())
+    names = ("cache", "formats", "hadamard", "masks", "model", "ops", "qtensor", "spec")
+    rooms = (file for room in ("methods", "models", "kernels") for file in sorted(package.glob(f"{room}/**/*.py")))
+    for file in (*rooms, *(package / f"{name}.py" for name in names)):
         found.update(file.read_bytes())
     return found.hexdigest()
 

@@ -188,14 +188,19 @@ def _marked(layer: Layer, new: dict[str, Any]) -> dict[str, Any]:
     for n in layer.names:
         if layer.p[n].ndim > 2 and is_qtensor(new[n]):
             unread = ~jnp.any(layer.statistics[n].peak > 0, -1)[..., None, None]
-            new[n] = dataclasses.replace(new[n], error=jnp.where(unread, -new[n].error, new[n].error))
+            size = jnp.abs(new[n].error)
+            new[n] = dataclasses.replace(new[n], error=jnp.where(unread, -size, size))
     return new
 
 
-@functools.lru_cache(maxsize=64)
 def programs(spec: Spec, phase: int, window: Any) -> tuple[Run, Callable[..., dict[str, Inputs]]]:
     """A layer's forward pass `(p, x) -> x`, and its statistics `(p, x, names) -> {name: Inputs}`."""
-    block = family_of(spec).block
+    return _programs(scannable(spec), spec, phase, window)
+
+
+@functools.lru_cache(maxsize=64)
+def _programs(family: Family, spec: Spec, phase: int, window: Any) -> Any:  # of a family that is defined anew, anew
+    block = family.block
     assert block is not None
 
     def forward(p: dict[str, Any], x: Array) -> Array:

@@ -29,7 +29,7 @@ class SelfDraft:
         if self.transform is None:
             return weights
         weights = densify(target.spec, weights)
-        model = Model(target.spec.replace(weights=()))
+        model = Model(target.spec.replace(weights=()), tokenizer=target.tokenizer)
         for step in self.transform.steps:
             after = step(model)
             weights, model = step.params(weights, model, after.spec), after

@@ -137,3 +137,27 @@ def test_small_scales_survive_the_disk(tmp_path: Path) -> None:
     store.put("step", x)
     assert same(store.get("step", x), x) and store.get("other", x) is None
     assert store.get("step", x | {"c": jnp.zeros(2)}) is None
+
+
+def test_what_a_start_reads_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its text is CPython's own by default, which another Python has otherwise."""
+    stack = ip.quantize(bits=4, group=16, method=ip.distilled(IDS, start=gptq()))
+    before = stack.digest()
+    monkeypatch.setattr("infopt.texts.topics", lambda split: "another text")
+    assert stack.digest() != before
+
+
+def test_nothing_is_kept_of_a_family_of_ones_own(folder: Path, llama: tuple[ip.Model, Any]) -> None:
+    from infopt.model import FAMILIES
+
+    model, params = llama
+    own = FAMILIES["llama"]
+
+    def block(*args: Any) -> Any:
+        assert own.block is not None
+        return own.block(*args)
+
+    assert own.embed is not None and own.final is not None
+    mine = ip.define("mine", own.config, init=own.init, embed=own.embed, block=block, final=own.final)
+    ip.quantize(bits=4, group=16, method=gptq(**HOW))(ip.Model.of(mine, model.spec.config)).convert(params)
+    assert not folder.exists()
