@@ -455,7 +455,8 @@ def whole_planes(q: QTensor) -> tuple[tuple[Array, ...], Any]:
 
     >>> q = quantize_array(jnp.arange(8.0)[None], Format("int8_zero", 4), trailing=2)
     >>> whole, less = whole_planes(q)
-    >>> jnp.array_equal((whole[0] - jnp.repeat(less, 4, -1)) * q.scale.repeat(4, -1), dequantize_array(q))
+    >>> levels = (whole[0].astype(jnp.int32) - less.repeat(4, -1)).astype(jnp.float32)
+    >>> jnp.array_equal(levels * q.scale.repeat(4, -1), dequantize_array(q))
     Array(True, dtype=bool)
     """
     row = q.format.row

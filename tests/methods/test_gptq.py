@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import jax
@@ -75,7 +77,7 @@ def test_no_row_is_worse_than_rounded_to_nearest_and_most_are_much_better(name: 
     assert jax.tree.structure(got) == jax.tree.structure(plain)
 
 
-def test_a_last_group_that_is_filled_up_changes_no_other_value() -> None:
+def test_a_last_group_that_is_filled_up_is_served_too() -> None:
     w, gram = problem(width=56)
     padded, whole = Format("int4", 16, pad=True), Format("int4", 8)
     got = dequantize_array(solved(jnp.asarray(w), gram, format=padded)[0])
@@ -164,17 +166,19 @@ def test_a_stack_says_its_method_and_its_text() -> None:
 
 
 def test_memory_is_a_layers(llama: tuple[ip.Model, Any]) -> None:
-    """Of the Gram matrices, those of one layer at a time."""
+    """Of the Gram matrices, those of one layer at a time: a layer's are gone when the next one's turn comes."""
     model, params = llama
-    counts: list[int] = []
+    seen, alive = list[weakref.ref[Any]](), list[int]()
     weights, names = Weights.of(model.spec, params), {f"layers.{i}.mlp.up" for i in range(3)}
 
     def change(layer: Layer) -> dict[str, Any]:
-        counts.append(len(layer.statistics))
+        gc.collect()
+        alive.append(sum(ref() is not None for ref in seen))
+        seen.extend(weakref.ref(each.gram) for each in layer.statistics.values())
         return {n: layer.p[n] for n in layer.names}
 
     by_layer(model.spec, weights, IDS[:64].reshape(2, 32), names, change)
-    assert counts == [1, 1, 1]
+    assert len(seen) == 3 and alive == [0, 0, 0]
 
 
 WRONG: dict[str, tuple[Any, str]] = {

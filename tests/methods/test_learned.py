@@ -43,7 +43,7 @@ def test_a_rounded_model_is_nearer_to_its_base(method: str, family: str) -> None
     model, params = ip.testing.base_of(family)
     text = ids(model)
     how: Any = ip.autoround(text, **HOW, steps=30) if method == "autoround" else None
-    how = how or ip.distilled(text, **HOW, batch=8, steps=60, rates=0.002)
+    how = how or ip.distilled(text, **HOW, batch=8, steps=30, rates=0.003)
     one, other = (ip.quantize(bits=3, group=16, method=m)(model) for m in (None, how))
     plain, better = (nats(s, s.convert(params), (model, params), text[::-1][:2048]) for s in (one, other))
     assert better < (0.8 if method == "autoround" else 0.95) * plain
@@ -80,7 +80,7 @@ def test_learned_rounding_lessens_what_it_says(llama: tuple[ip.Model, Any]) -> N
 
 
 def test_where_nothing_is_gained_the_start_stays(llama: tuple[ip.Model, Any]) -> None:
-    """One step of rate 1/2 tears a layer that GPTQ served well; NaN is no gain either."""
+    """One step of rate 1/2 tears a layer that GPTQ served well."""
     model, params = llama
     text = ids(model)
     start = ip.gptq(text, **HOW)
@@ -112,7 +112,7 @@ def test_a_learned_matrix_that_did_not_move_is_its_start(name: str) -> None:
 def test_distilled_codes_stay_and_scales_move(llama: tuple[ip.Model, Any]) -> None:
     model, params = llama
     text = ids(model)
-    for name in ("int4", "int4_min", "int4_zero", "nf4"):
+    for name in ("int4_min", "nf4"):
         start = ip.quantize(format=name, group=16)(model).convert(params)
         how = ip.distilled(text, **HOW, batch=8, steps=12, rates=0.002)
         found = ip.quantize(format=name, group=16, method=how)(model).convert(params)
@@ -188,7 +188,7 @@ def test_a_heads_scales_take_part() -> None:
     params = model.init(jax.random.key(0))
     params["final_norm"] = jnp.exp(1.5 * jax.random.normal(jax.random.key(1), (32,), jnp.float32))  # inputs unlike
     text = ids(model)
-    how = ip.distilled(text, **HOW, batch=8, rates=0.01)
+    how = ip.distilled(text, **HOW, batch=8, steps=24, rates=0.01)
     plain, better = (
         nats(s, s.convert(params), (model, params), text[:1024])
         for s in (ip.quantize(bits=3, group=16, where="head", method=m)(model) for m in (None, how))
