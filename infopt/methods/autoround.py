@@ -12,10 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from infopt.errors import InfoptError
-from infopt.methods.base import Method, check_reading, like_rounded, nearest, refuse_rounded_inputs, text_of
+from infopt.methods.base import (
+    Method,
+    check_reading,
+    check_start,
+    nearest,
+    refuse_rounded_inputs,
+    run_layers,
+    text_of,
+)
 from infopt.methods.kept import Kept
-from infopt.methods.layers import Layer, Run, by_layer
-from infopt.model import Model, Weights, shapes
+from infopt.methods.layers import Layer, Run
+from infopt.model import Model, Weights
 from infopt.qtensor import Format, Grid, QTensor, dequantize_array, in_groups, on_grid
 from infopt.spec import Spec
 from infopt.typing import Array
@@ -43,8 +51,6 @@ class AutoRound(Method):
 
     def check(self, spec: Spec, formats: Mapping[str, Format]) -> None:
         super().check(spec, formats)
-        if self.start is not None:
-            self.start.check(spec, formats)
         if any(not n.startswith("layers.") for n in formats):
             raise InfoptError(
                 f"{self!r} learns no head.",
@@ -78,11 +84,7 @@ class AutoRound(Method):
             first = {n: begun.get(layer.prefix + n) for n in own}
             return self._learned(layer, own, {n: q or nearest(layer.p[n], own[n], clip) for n, q in first.items()})
 
-        like = {n: like_rounded(shapes(model.spec)[n], f) for n, f in formats.items()}
-        return by_layer(
-            model.spec, weights, self.windows(model), set(formats), change,
-            what=self.name, targets=True, kept=kept, like=like,
-        )  # fmt: skip
+        return run_layers(self, model, weights, formats, kept, change, targets=True)
 
     def _learned(self, layer: Layer, formats: dict[str, Format], begun: dict[str, QTensor]) -> dict[str, QTensor]:
         assert layer.targets is not None
@@ -234,12 +236,9 @@ def autoround(
     quantize(bits=3, group=32, method=autoround(steps=50))
     """
     check_reading("autoround", tokens=tokens, length=length, steps=steps, batch=batch)
-    if start is not None and not isinstance(start, Method):
-        raise InfoptError(f"autoround(start={start!r}).", why="a method is a value.", fix="start=ip.gptq(), say")
+    check_start("autoround", start, seed)
     if rate is not None and (isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate <= 0.5):
         raise InfoptError(f"autoround(rate={rate!r}).", why="it is a share of a level.", fix="rate=0.01, say")
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise InfoptError(f"autoround(seed={seed!r}).", why="it seeds an order.", fix="seed=0")
     return AutoRound(
         text_of(text, "autoround"), tokens, length, start, steps, batch, None if rate is None else float(rate), seed
     )

@@ -6,7 +6,7 @@ import abc
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, final
 
 import jax
@@ -53,6 +53,8 @@ class Method(abc.ABC):
     def check(self, spec: Spec, formats: Mapping[str, Format]) -> None:
         """Raise where the stack cannot be run a layer at a time, or nothing can be chosen in a format."""
         scannable(spec)
+        if self.first is not None:
+            self.first.check(spec, formats)
         if tables := sorted(n for n in formats if not n.startswith("layers.") and n != "head"):
             raise InfoptError(
                 f"{self!r}: nothing is known of what goes into {', '.join(tables)}.",
@@ -155,18 +157,31 @@ class ByLayer(Method):
         def change(layer: Layer) -> dict[str, Any]:
             return self.change(layer, {n: formats[layer.prefix + n] for n in layer.names}, clip)
 
-        like = {n: like_rounded(shapes(model.spec)[n], f) for n, f in formats.items()}
-        for n in self.gives(model, formats):
-            if n not in like:
-                like[n] = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), weights[n])
-        return by_layer(
-            model.spec, weights, self.windows(model), set(formats), change,
-            what=self.name, kept=kept, like=like,
-        )  # fmt: skip
+        return run_layers(self, model, weights, formats, kept, change)
+
+
+def run_layers(
+    method: Method,
+    model: Model,
+    weights: Weights,
+    formats: Mapping[str, Format],
+    kept: Kept,
+    change: Callable[[Layer], dict[str, Any]],
+    targets: bool = False,
+) -> dict[str, Any]:
+    """`by_layer` over what the method reads, which keeps all that it gives."""
+    like = {n: _like_rounded(shapes(model.spec)[n], f) for n, f in formats.items()}
+    for n in method.gives(model, formats):
+        if n not in like:
+            like[n] = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), weights[n])
+    return by_layer(
+        model.spec, weights, method.windows(model), set(formats), change,
+        what=method.name, targets=targets, kept=kept, like=like,
+    )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=256)
-def like_rounded(shape: tuple[int, ...], form: Format) -> QTensor:
+def _like_rounded(shape: tuple[int, ...], form: Format) -> QTensor:
     """The shapes and types of a matrix in a format."""
     return jax.eval_shape(lambda w: quantize_array(w, form, 2), jax.ShapeDtypeStruct(shape, jnp.float32))
 
@@ -208,6 +223,14 @@ def check_reading(what: str, **counts: Any) -> None:
             raise InfoptError(
                 f"{what}({name}={value!r}).", why=f"it counts {_COUNTED.get(name, 'tokens')}.", fix=f"{name} >= {least}"
             )
+
+
+def check_start(what: str, start: Any, seed: Any) -> None:
+    """Raise unless what learning begins with is a method, or none, and its windows' order has a seed."""
+    if start is not None and not isinstance(start, Method):
+        raise InfoptError(f"{what}(start={start!r}).", why="a method is a value.", fix="start=ip.gptq(), say")
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise InfoptError(f"{what}(seed={seed!r}).", why="it seeds an order.", fix="seed=0")
 
 
 _COUNTED = {"steps": "steps", "batch": "windows"}

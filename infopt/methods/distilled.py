@@ -15,7 +15,7 @@ import optax
 
 from infopt import ops
 from infopt.errors import InfoptError
-from infopt.methods.base import Method, check_reading, nearest, refuse_rounded_inputs, text_of
+from infopt.methods.base import Method, check_reading, check_start, nearest, refuse_rounded_inputs, text_of
 from infopt.methods.kept import Kept
 from infopt.methods.layers import Run, embedded, layer_of, programs, scannable, top_of
 from infopt.model import Family, Model, Weights
@@ -50,8 +50,6 @@ class Distilled(Method):
 
     def check(self, spec: Spec, formats: Mapping[str, Format]) -> None:
         super().check(spec, formats)
-        if self.start is not None:
-            self.start.check(spec, formats)
         refuse_rounded_inputs(self, spec, formats)
         for name, form in formats.items():
             if form.row.tensor or form.row.rule == "power" or form.scale not in ("float16", "float32", "bfloat16"):
@@ -118,7 +116,7 @@ class _Distillation:
         kept: Kept,
     ) -> None:
         self.how, self.spec, self.kept = how, spec, kept
-        self.tokens, self.held = tokens, held
+        self.tokens = tokens
         self.student = weights.made(begun, lambda name: begun[name])
         self.begun = {n: q for n, q in begun.items() if isinstance(q, QTensor)}
         self.top = top_of(spec, self.student)
@@ -321,13 +319,10 @@ def distilled(
     quantize(bits=4, group=64, method=distilled(start=gptq(), steps=120))
     """
     check_reading("distilled", tokens=tokens, length=length, steps=steps, batch=batch)
-    if start is not None and not isinstance(start, Method):
-        raise InfoptError(f"distilled(start={start!r}).", why="a method is a value.", fix="start=ip.gptq(), say")
+    check_start("distilled", start, seed)
     given = tuple(rates) if isinstance(rates, list | tuple) else (rates,)
     if not given or not all(isinstance(r, int | float) and not isinstance(r, bool) and 0 < r < 1 for r in given):
         raise InfoptError(
             f"distilled(rates={rates!r}).", why="they are learning rates.", fix="rates=(0.0003, 0.001), say"
         )
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise InfoptError(f"distilled(seed={seed!r}).", why="it seeds an order.", fix="seed=0")
     return Distilled(text_of(text, "distilled"), tokens, length, start, steps, tuple(map(float, given)), batch, seed)
