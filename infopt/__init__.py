@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from infopt.io import load
     from infopt.io.export import export
     from infopt.io.saved import save
-    from infopt.methods import autoround, awq, distilled, gptq, smoothquant
+    from infopt.methods import autoround, awq, distilled, gptq, nearest, smoothquant
     from infopt.model import Emitted, Model, Stream, define, trainable
     from infopt.nnx import from_nnx, to_nnx
     from infopt.planner import Plan, plan
@@ -87,7 +87,7 @@ _NAMES = {
     "io": ("load",),
     "io.export": ("export",),
     "io.saved": ("save",),
-    "methods": ("autoround", "awq", "distilled", "gptq", "smoothquant"),
+    "methods": ("autoround", "awq", "distilled", "gptq", "nearest", "smoothquant"),
     "model": ("Emitted", "Model", "Stream", "define", "trainable"),
     "nnx": ("from_nnx", "to_nnx"),
     "planner": ("Plan", "plan"),

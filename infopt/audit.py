@@ -318,7 +318,7 @@ def _wrong(name: str, x: Any, shape: tuple[int, ...], spec: Spec, lead: tuple[in
         want = jax.eval_shape(
             lambda w: quantize_array(w, fmt, trailing=2), jax.ShapeDtypeStruct((*lead, *shape), jnp.float32)
         )
-        for part in ("codes", "scale", "minimum", "zero", "outer"):
+        for part in ("codes", "scale", "minimum", "zero", "outer", "input"):
             leaf, whole = getattr(x, part), getattr(want, part)
             if (leaf is None) != (whole is None) or (leaf is not None and leaf.shape != whole.shape):
                 found = "none" if leaf is None else str(tuple(leaf.shape))
@@ -337,14 +337,16 @@ def _errors(x: Any, count: int) -> list[float | None]:
     if x.error is None or x.error.size == 0 or x.error.size % count:
         return [math.nan] * count
     each = np.asarray(x.error, np.float64).reshape(count, -1)
-    return [float(e) for e in (each[:, 0] if each.shape[1] == 1 else np.sqrt(np.mean(each**2, 1)))]
+    return [float(e) for e in np.sqrt(np.mean(each**2, 1))]
 
 
 def _unread(x: Any, count: int) -> list[str]:
-    """For each matrix of a stack, what to say of experts that nothing went into while a method read."""
-    if not is_qtensor(x) or x.error is None or x.error.size <= count or x.error.size % count:
+    """For each matrix of a stack, what to say of experts, or inputs, that nothing went into while a method read."""
+    if not is_qtensor(x) or x.error is None or not x.error.size or x.error.size % count:
         return [""] * count
     each = np.signbit(np.asarray(x.error)).reshape(count, -1)
+    if each.shape[1] == 1:
+        return [", some inputs always 0" * bool(row[0]) for row in each]
     return [f", {row.sum()} of {row.size} experts unread" if row.any() else "" for row in each]
 
 
@@ -366,7 +368,7 @@ def _line(name: str, x: Any, claim: _Claim | None, fmt: Format | None, error: fl
             problem = f"{_words(claim.format)} by its rule, and the Spec says {_words(fmt)}"
         elif claim.format is not None and packed and not known:
             problem = "the error of its rounding is not known"
-    if known and not 0 <= error < math.inf:  # type: ignore[operator]
+    if known and error == math.inf:
         problem = "the error of its rounding is no size"
     rule = claim.rule if claim else "?" if foreign else "as loaded" if fmt else "-"
     if claim is not None and claim.changed:

@@ -76,6 +76,7 @@ examples:
   infopt bench generate
   infopt bench generate --model ./model.gguf --repeats 9
   infopt bench attention
+  infopt bench methods --stack "quantize(bits=4, group=32, method='gptq')"
   infopt bench tpu --out docs/tpu.json
 """
 
@@ -346,17 +347,19 @@ def _add_bench(commands: Any) -> None:
     parser.set_defaults(command=_bench)
     parser.add_argument(
         "what",
-        choices=["generate", "attention", "tpu"],
-        help="generate: prefill and decode, against a yardstick; attention: its implementations, time and memory; tpu: "
-        "what kernels and steps take on TPUs, without one: they are compiled, not run",
+        choices=["generate", "attention", "methods", "tpu"],
+        help="generate: prefill and decode, against a yardstick; attention: its implementations, time and memory; "
+        "methods: of rounding, beside a forward pass over the tokens that they read; tpu: what kernels and steps take "
+        "on TPUs, without one: they are compiled, not run",
     )
     parser.add_argument(
-        "--model", default="smollm2-135m", metavar="MODEL", help="of generate, as for it (default: %(default)s)"
+        "--model", default="smollm2-135m", metavar="MODEL", help="of generate and methods (default: %(default)s)"
     )
     parser.add_argument(
         "--repeats", type=_count, default=5, metavar="N", help="a median is over N runs (default: %(default)s)"
     )
     parser.add_argument("--json", action="store_true", help="one JSON object in place of a table")
+    parser.add_argument("--stack", action="append", metavar="STACK", help="methods: only these; each has one method")
     parser.add_argument("--out", metavar="FILE", help="tpu: write JSON to FILE too")
 
 
@@ -528,9 +531,9 @@ def _bench(args: argparse.Namespace) -> int:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")  # or JAX would use libtpu, and find no TPU
     _prepare_jax(keep=False)  # compile seconds are of a first compilation
     from infopt import tpu
-    from infopt.bench import attention, generation
+    from infopt.bench import attention, generation, methods
 
-    return {"generate": generation, "attention": attention, "tpu": tpu}[args.what].main(args)
+    return {"generate": generation, "attention": attention, "methods": methods, "tpu": tpu}[args.what].main(args)
 
 
 if __name__ == "__main__":

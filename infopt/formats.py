@@ -173,6 +173,8 @@ FORMATS: dict[str, Row] = _Table(
         "nf4": Row(bits=4, low=-1.0, high=1.0, levels=_NF4, group=64),
         "mxfp4": Row(bits=4, low=-6.0, high=6.0, rule="power", levels=_E2M1, group=32, scale="float8_e8m0fnu"),
         "nvfp4": Row(bits=4, low=-6.0, high=6.0, levels=_E2M1, group=16, scale="float8_e4m3fn", tensor=True),
+        "int6": Row(bits=6, low=-32, high=31, zero=32, rule="extreme", group=32),
+        "int5": Row(bits=5, low=-16, high=15, zero=16, rule="extreme", group=32),
         "int3": Row(bits=3, low=-4, high=3, zero=4, rule="extreme", group=32),
         "int2": Row(bits=2, low=-2, high=1, zero=2, rule="extreme", group=32),
         "q8_0": Row(bits=8, low=-127, high=127, group=32, ggml=True),
@@ -208,6 +210,7 @@ class Format:
       pad: whether a last axis that does not split into whole groups is padded to the next one that does.
       activations: of a weight, bits of what is multiplied by it: 8, then inputs are rounded too, and the product is of
         whole numbers (`infopt.kernels.int_matmul`); None leaves them as they are.
+      static: whether those inputs have one scale for all tokens, stored with the weight, or each token its own.
 
     >>> Format("int4", 32, "float16").bytes_per_value(576)
     0.5625
@@ -220,6 +223,7 @@ class Format:
     scale: str = "float32"
     pad: bool = False
     activations: int | None = None
+    static: bool = False
 
     def __post_init__(self) -> None:
         if self.name not in FORMATS:
@@ -259,15 +263,22 @@ class Format:
                 why="the product is one of whole numbers, and its levels are none, or have further scales.",
                 fix=f"one of {', '.join(whole)}; or no activations",
             )
+        if self.static and self.activations is None:
+            raise InfoptError(
+                "static scales, and no activations.",
+                why="they are those of inputs that are rounded.",
+                fix="activations=8, or static=False",
+            )
 
     def __repr__(self) -> str:
         more = ", pad=True" * self.pad + f", activations={self.activations}" * (self.activations is not None)
+        more += ", static=True" * self.static
         return f"Format(name={self.name!r}, group={self.group}, scale={self.scale!r}{more})"
 
     @property
     def label(self) -> str:
-        """As tables say it: `int4`, or `int4/a8` where inputs are rounded too."""
-        return self.name + f"/a{self.activations}" * (self.activations is not None)
+        """As tables say it: `int4`, or `int4/a8` where inputs are rounded too, `int4/a8s` by static scales."""
+        return self.name + f"/a{self.activations}" * (self.activations is not None) + "s" * self.static
 
     def _words(self) -> str:
         count, size = self.row.codes, self.row.codes * self.row.bits // 8
@@ -299,7 +310,7 @@ class Format:
 
     def bytes(self, shape: tuple[int, ...]) -> int:
         """Bytes that a weight `[..., out, in]` takes, all included: the error of its rounding too, 4 a matrix."""
-        of_matrix = 4 * (self.row.tensor + (len(shape) > 1))
+        of_matrix = 4 * (self.row.tensor + self.static + (len(shape) > 1))
         return math.prod(shape[:-1]) * self._row_bytes(shape[-1]) + math.prod(shape[:-2]) * of_matrix
 
     def check_width(self, width: int, name: str) -> None:

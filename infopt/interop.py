@@ -20,6 +20,8 @@ from infopt.typing import Array
 _OURS = {
     "int8": "int8",
     "int4": "int4",
+    "int6": "int6",
+    "int5": "int5",
     "int3": "int3",
     "int2": "int2",
     "nf4": "nf4",
@@ -91,7 +93,7 @@ def to_qwix(q: QTensor) -> Any:
     else:
         values = _moved(codes, -_shift(row), _storage(row))
         zero = None if q.zero is None else _moved(q.zero, -_shift(row), _storage(row))
-    named = qtype not in ("nf4", "mxfp4", "int2", "int3", "int6")  # for these qwix has strings
+    named = qtype not in ("nf4", "mxfp4", "int2", "int3", "int5", "int6")  # for these qwix has strings
     return qwix.QArray(values, q.scale.astype(jnp.float32), zero, jnp.dtype(qtype) if named else qtype)
 
 

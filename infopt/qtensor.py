@@ -19,7 +19,7 @@ from infopt.typing import Array
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["codes", "scale", "minimum", "zero", "outer", "inner", "error"],
+    data_fields=["codes", "scale", "minimum", "zero", "outer", "inner", "error", "input"],
     meta_fields=["format", "shape"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +41,10 @@ class QTensor:
       inner: the numbers of sub-groups, int8 or the bytes of words, `[..., groups * row.sub_bytes]`, for formats that
         have them.
       error: of a weight, float32 `[..., 1, 1]`: |x - what is stored| / |x| over the matrix, when it was rounded; NaN
-        where it was loaded packed; of an expert that a method saw nothing go into, with a minus. It travels with the
-        weight for `Model.audit`, and nothing computes with it.
+        where it was loaded packed; with a minus where a method saw nothing go into it (an expert), or into one of its
+        inputs. It travels with the weight for `Model.audit`, and nothing computes with it.
+      input: of a weight whose inputs have a static scale, float32 `[..., 1, 1]`: the greatest |x| that it reaches to.
+        A method says it; until then it is NaN.
     """
 
     codes: Any
@@ -54,6 +56,7 @@ class QTensor:
     outer: Any = None
     inner: Any = None
     error: Any = None
+    input: Any = None
 
     @property
     def nbytes(self) -> int:
@@ -201,8 +204,12 @@ def on_grid(codes: Array, grid: Grid, format: Format, x: Array, trailing: int = 
     kept, shape = grid.stored, (*x.shape[-trailing:-1], width)
     return QTensor(
         pack(codes, format.row.bits), kept["scale"], kept.get("minimum"), format, shape, kept.get("zero"), grid.outer,
-        error=error,
+        error=error, input=_not_yet(format, codes.shape[:-3]) if trailing == 2 else None,
     )  # fmt: skip
+
+
+def _not_yet(format: Format, lead: tuple[int, ...]) -> Array | None:
+    return jnp.full((*lead, 1, 1), jnp.nan, jnp.float32) if format.static else None
 
 
 def _relative_error(x: Array, stored: Array) -> Array:

@@ -42,6 +42,8 @@ LEVELS: dict[str, tuple[int, Callable[[Float64], Float64]]] = {
     "int2_zero": (2, lambda code: code),
     **dict.fromkeys(("mxfp4", "nvfp4"), (4, e2m1)),
     "nf4": (4, lambda code: NORMAL_QUANTILES[code.astype(int)]),
+    "int6": (6, lambda code: code - 32),
+    "int5": (5, lambda code: code - 16),
     "int3": (3, lambda code: code - 4),
     "int2": (2, lambda code: code - 2),
     "q4_k": (4, lambda code: code),
@@ -151,6 +153,8 @@ def rounded_inputs(x: Float64, weight: Any) -> Float64:
     # As float32 numbers, for round_kv's reason.
     rows = x.astype(np.float32)
     most = np.abs(rows).max(-1, keepdims=True)
+    if weight.format.static:
+        most = np.full_like(most, np.asarray(weight.input).item())
     some = most >= np.float32(2.0**-119)
     codes = np.rint(rows * (np.float32(127) / np.where(some, most, np.float32(1))))
     scale = np.where(some, most * np.float32(1 / 127), np.float32(0))
@@ -273,7 +277,7 @@ class Layer:
 
     def expert(self, x: Float64, name: str, e: int) -> Float64:
         name = f"mlp.experts.{name}"
-        return self[name][e] @ rounded_inputs(x, self.stored[name])
+        return self[name][e] @ rounded_inputs(x, self.stored[name][e])
 
     def linear(self, x: Float64, name: str) -> Float64:
         y = self.product(x, name)

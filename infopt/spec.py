@@ -225,7 +225,7 @@ def _plain(x: Any) -> Any:
         return _plain(x.format)  # as in Specs from before there was any other
     if dataclasses.is_dataclass(x):
         fields = {f.name: _plain(getattr(x, f.name)) for f in dataclasses.fields(x)}
-        for new in ("pad", "activations"):  # as in Specs from before there were any
+        for new in ("pad", "activations", "static"):  # as in Specs from before there were any
             if isinstance(x, Format) and not fields[new]:
                 del fields[new]
         if isinstance(x, Spec) and not x.online:

@@ -38,7 +38,8 @@ from infopt.evaluate import measure, windows
 from infopt.generation import _compiled, generate
 from infopt.kernels.decode_attention import xla
 from infopt.kernels.flash_attention import blockwise, portable
-from infopt.methods import awq, gptq
+from infopt.methods import autoround, awq, distilled, gptq, smoothquant
+from infopt.methods import nearest as nearest_method
 from infopt.model import Model, Weights, build
 from infopt.nnx import from_nnx
 from infopt.nnx.example import Transformer
@@ -72,6 +73,7 @@ EXAMPLES: tuple[Transform, ...] = (
     cache_kv(),
     cache_kv(bits=8),
     paged(4),
+    rotate(),
     speculative(self_draft(quantize(bits=4, group=16)), k=2),
 )
 """What the contract stacks. A transform joins by one line."""
@@ -91,11 +93,14 @@ PACKINGS: tuple[Transform, ...] = (
     cache_kv(bits=2, rotate=True),
     cache_kv(bits=4, split=4, tail=3),
     flash_attention("blockwise"),
-    rotate(),
     rotate(seed=1, online=True),
     quantize(bits=8, activations=8),
+    quantize(bits=8, activations=8, static=True, method=nearest_method(_READ, tokens=64, length=32)),
     quantize(bits=4, group=16, method=gptq(_READ, tokens=64, length=32)),
     quantize(bits=4, group=16, method=awq(_READ, tokens=64, length=32, grid=4)),
+    quantize(bits=8, activations=8, method=smoothquant(_READ, tokens=64, length=32)),
+    quantize(bits=4, group=16, method=autoround(_READ, tokens=64, length=32, steps=2)),
+    quantize(bits=4, group=16, method=distilled(_READ, tokens=64, length=32, steps=2, rates=0.01)),
 )
 """One of each other packing: floats, minima, zero points, scales of scales, words of three bytes, four to a byte;
 inputs rounded against groups; keys rotated, and by channel; attention by block; inputs turned as they come; rounded by

@@ -16,6 +16,7 @@ import infopt as ip
 from infopt import cli
 from infopt.audit import Audit, inspect, ranges
 from infopt.errors import AuditError, ParamsError
+from infopt.model import Weights, assemble
 from infopt.qtensor import dequantize_array
 from infopt.transforms.base import Transform
 
@@ -225,7 +226,7 @@ def test_every_matrix_that_a_rule_did_not_reach_is_named() -> None:
     [
         ("mlp.up", lambda x: dataclasses.replace(x, error=x.error.at[1].set(jnp.nan)), "rounding is not known"),
         ("mlp.up", lambda x: dataclasses.replace(x, error=None), "rounding is not known"),
-        ("mlp.up", lambda x: dataclasses.replace(x, error=x.error.at[1].set(-1)), "is no size"),
+        ("mlp.up", lambda x: dataclasses.replace(x, error=x.error.at[1].set(jnp.inf)), "is no size"),
         ("mlp.up", lambda x: dataclasses.replace(x, scale=x.scale.at[1, 3].set(jnp.inf)), "its scale holds NaN or inf"),
         ("mlp.up", lambda x: dataclasses.replace(x, scale=x.scale[..., :1]), "has scale (2, 16, 1)"),
         ("mlp.up", lambda x: x[:, :8], "has codes (2, 8, 8), and nf4 needs (2, 16, 8)"),
@@ -233,7 +234,7 @@ def test_every_matrix_that_a_rule_did_not_reach_is_named() -> None:
         ("attn.q", lambda x: x[..., :8], "has shape (2, 16, 8)"),
         ("embed", lambda x: x.at[0, 0].set(jnp.inf), "its array holds NaN or inf"),
     ],
-    ids=["NaN", "none", "negative", "scale", "scales", "rows", "dense NaN", "dense shape", "embedding"],
+    ids=["NaN", "none", "infinite", "scale", "scales", "rows", "dense NaN", "dense shape", "embedding"],
 )
 def test_what_is_damaged_fails_with_its_name(name: str, change: Any, why: str) -> None:
     model, params = stack(NF4)
@@ -336,3 +337,16 @@ def test_an_expert_that_nothing_went_into_is_named() -> None:
         assert all(n.startswith("layers.1.") and s == "yes, 2 of 4 experts unread" for n, s in said.items())
     plain = ip.quantize(bits=4, group=16)(model)
     assert "unread" not in str(plain.audit(plain.convert(lone)))
+
+
+def test_matrices_with_inputs_that_were_always_0_are_named() -> None:
+    """A channel of values that is 0: the columns of attn.o that read it were rounded without a look."""
+    model, params = ip.testing.base_of("llama")
+    weights = Weights.of(model.spec, params)
+    dead = assemble(model.spec, weights.made(["layers.1.attn.v"], lambda n: weights[n].at[3].set(0)))
+    text = np.random.default_rng(0).integers(0, model.spec.config.vocab, 256)
+    stack = ip.quantize(bits=4, group=16, method=ip.gptq(text, length=32))(model)
+    for own, want in ((dead, {"layers.1.attn.o"}), (params, set())):
+        audit = stack.audit(stack.convert(own))
+        assert {line.name for line in audit.lines if line.changed == "yes, some inputs always 0"} == want
+        assert all(line.error is None or line.error > 0 for line in audit.lines)

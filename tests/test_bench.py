@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import json
+import os
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +15,10 @@ import pytest
 
 import infopt as ip
 from infopt import bench, timing
-from infopt.bench import attention
+from infopt.bench import attention, methods
 from infopt.kernels.decode_attention.shapes import Shape as DecodeShape
 from infopt.kernels.flash_attention.shapes import Shape as FlashShape
+from infopt.methods.gptq import GPTQ
 
 
 @pytest.mark.parametrize("product", ["x @ w.T", "einsum"])
@@ -90,3 +93,37 @@ def test_what_attention_must_compute_and_move_is_counted_by_hand() -> None:
     assert step.flops == 47 * 4 * 64 and step.moved == 47 * 2 * 2 * 16 * 4
     ring = DecodeShape("", lengths=(40, 7), heads=4, kv_heads=2, width=16, window=20, sinks=4, ring=True, codec="int8")
     assert ring.flops == 31 * 4 * 64 and ring.moved == 31 * 2 * 2 * (16 + 2)  # a byte a channel, a scale of 2 a group
+
+
+def test_a_method_is_timed_beside_a_pass_over_what_it_reads(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With nothing kept from before, and its own text only: not a start's too."""
+    model = ip.models.llama(layers=2, dim=32, heads=4, kv_heads=2, vocab=61, context=64)
+    model = dataclasses.replace(model, tokenizer=Letters())
+    params, kept = model.init(jax.random.key(0)), list[str | None]()
+    own = GPTQ.change
+
+    def change(self, *args):
+        kept.append(os.environ.get("INFOPT_METHOD_CACHE"))
+        return own(self, *args)
+
+    monkeypatch.setattr(GPTQ, "change", change)
+    monkeypatch.delenv("INFOPT_METHOD_CACHE")
+    how = "tokens=64, length=32"
+    learned = f"distilled({how}, start=gptq({how}), steps=2)"
+    stacks = [f"{before}quantize(bits=4, group=16, method={method})" for before, method in
+              (("", f"gptq({how})"), ("cache_kv() | ", learned))]  # fmt: skip
+    one, other = methods.methods(model, params, stacks, repeats=1)
+    assert kept == ["0"] * 4 and "INFOPT_METHOD_CACHE" not in os.environ
+    assert (one.tokens, one.steps, other.tokens, other.steps) == (64, None, 64, 2)
+    assert one.result == ip.quantize(bits=4, group=16)(model).weight_bytes()
+    assert one.ratio == one.seconds / one.forward > 0 and one.more is not None and one.more > 0
+    assert capsys.readouterr().out.count("gptq") == 2
+    with pytest.raises(ip.InfoptError, match="has no methods"):
+        methods.methods(model, params, ["quantize(bits=4, group=16)"])
+
+
+class Letters:
+    def encode(self, text: str) -> list[int]:
+        return [ord(letter) % 61 for letter in text[:2000]]

@@ -28,6 +28,8 @@ SHARED = [
     Format("q4_0", 32, "float16"),
     Format("int4_zero", 16, "float16"),
     Format("int4_zero"),
+    Format("int6", 16, "float16"),
+    Format("int5", 16, "float16"),
     Format("int3", 16, "float16"),
     Format("int2", 8, "float16"),
     Format("nf4", 32, "float16"),
@@ -195,7 +197,7 @@ def test_an_unturned_kernel_is_refused_with_the_turn() -> None:
     ("qtype", "method", "said"),
     [
         (jnp.int8, "minmax", "qtype int8 with zero points has no counterpart"),
-        ("int6", "absmax", "qtype int6 has no counterpart"),
+        ("int7", "absmax", "qtype int7 has no counterpart"),
         (jnp.float4_e2m1fn, "absmax", "qtype float4_e2m1fn has no counterpart"),
     ],
 )

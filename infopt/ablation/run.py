@@ -33,6 +33,7 @@ from infopt.formats import FORMATS
 from infopt.generation import BUCKETS
 from infopt.io import disk
 from infopt.model import Model, check_params, shapes
+from infopt.progress import bar
 from infopt.qtensor import QTensor, is_qtensor
 from infopt.timing import decoding, turns
 from infopt.transforms import Transform, cache_kv, parse_stack
@@ -159,16 +160,16 @@ def ablate(
     about["decoding"] = f"greedily, one text, {new} tokens after the first, in a cache of {slots} slots"
     keys = {row: _key(stack, about, metrics) for row, stack in made.items()}
     first = next(iter(made))
-    with _rows(out, about) as (done, keep), _bar(len(made), progress) as show:
+    with _rows(out, about) as (done, keep), bar("rows", len(made), progress) as show:
         base = _Base(made[first], made[first].convert(params, model), (slots, new))
-        for row, stack in made.items():
+        for number, (row, stack) in enumerate(made.items(), 1):
             if (key := keys[row]) not in done:
                 own = base.params
                 if row != first:
                     own = stack.convert(params, model, **{name: extra[name] for name in wants[row]})
                 done[key] = _measure(row, key, stack, own, base, cut, metrics, about)
                 keep(done.values())
-            show(row)
+            show(number, row)
     return Table(tuple(dataclasses.replace(done[key], name=row) for row, key in keys.items()), metrics, seed)
 
 
@@ -447,16 +448,3 @@ def _read(folder: Path, about: Mapping[str, Any]) -> dict[str, Row]:
                 fix="another folder",
             )
     return {row.key: row for row in rows}
-
-
-@contextmanager
-def _bar(rows: int, wanted: bool) -> Iterator[Callable[[str], None]]:
-    """A function of a row's name that shows that it is done, where standard error is a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not (wanted and console.is_terminal)) as progress:
-        task = progress.add_task("rows", total=rows)
-        yield lambda name: progress.update(task, advance=1, description=name)

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from infopt import ops
-from infopt.ablation.run import _bar
 from infopt.errors import EvaluationError, InfoptError
 from infopt.evaluate import Windows, divergence
 from infopt.model import Family, Model, as_run, build, check_params, family_of, segments
+from infopt.progress import bar
 from infopt.qtensor import Format, dequantize_array, quantize_array
 from infopt.spec import Spec
 from infopt.typing import Array, Params
@@ -85,18 +85,18 @@ def divergences(
     stack = _Stack(spec, params, clip)
     order = sorted(range(len(choices)), key=lambda i: min(map(layer_of, choices[i])))
     sums, blocks = np.zeros(len(choices)), _blocks(cut, spec.config.vocab)
-    with _bar(len(choices) * len(blocks), progress) as show:
-        for block in blocks:
+    with bar("sensitivity", len(choices) * len(blocks), progress) as show:
+        for round_, block in enumerate(blocks):
             tokens, places = _padded(block)
             base = _Base(stack, tokens, places)
             x, layer = None, -1
-            for i in order:
+            for done, i in enumerate(order, 1):
                 start = min(map(layer_of, choices[i]))
                 while layer < start:
                     x = stack.embed({}, tokens) if x is None else stack.layer(layer, {}, x)
                     layer += 1
                 sums[i] += base.divergence(choices[i], start, x)
-                show(next(iter(choices[i])))
+                show(round_ * len(choices) + done, next(iter(choices[i])))
     for i in order:
         if not np.isfinite(sums[i]):
             raise EvaluationError(

@@ -22,7 +22,7 @@ from infopt.transforms import dequantize, quantize
 from infopt.transforms.quantize import Quantize
 from infopt.typing import Params
 
-FORMATS = ("int3", "int4", "int8")
+FORMATS = ("int3", "int4", "int5", "int8")
 """Chosen from by default."""
 SEGMENTS = 8
 """Runs of layers of equal formats, at most, by default; each is compiled apart."""
@@ -175,9 +175,9 @@ def mixed(
     Args:
       model, params: as for `sensitivity`.
       budget: bits a weight, the mean over the matrices chosen for; the rest of the model does not count.
-      formats: bits or formats to choose from, all of them in groups of `group`; 3, 4 and 8 bits by default. How narrow
-        they are decides which budgets can be met: 4 bits in groups of 64 take a hair more than 4.25 stored bits, with a
-        minimum 4.5.
+      formats: bits or formats to choose from, all of them in groups of `group`; 3, 4, 5 and 8 bits by default. How
+        narrow they are decides which budgets can be met: 4 bits in groups of 64 take a hair more than 4.25 stored bits,
+        with a minimum 4.5.
       group: inputs that share a scale; by default each format's own.
       segments: runs of layers of equal formats, at most; each is compiled apart. More serve the budget better.
       count: "stored": all bits, those of scales and of the rounding's error (4 bytes a matrix) included; "codes": codes

@@ -479,6 +479,8 @@ def _leaves(spec: Spec, prefix: str = "", version: int = VERSION) -> Iterator[_L
             yield _Leaf(name, "zero", scales, KINDS["uint8"])
         if row.tensor:
             yield _Leaf(name, "outer", (*rows[:-1], 1, 1), FLOATS)
+        if fmt.static:
+            yield _Leaf(name, "input", (*rows[:-1], 1, 1), FLOATS)
         if row.sub:
             yield _Leaf(name, "inner", (*rows, scales[-1] * row.sub_bytes), KINDS[row.sub_dtype])
     if spec.program is not None:

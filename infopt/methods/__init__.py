@@ -5,6 +5,7 @@ from infopt.methods.awq import AWQ, awq
 from infopt.methods.base import Method
 from infopt.methods.distilled import Distilled, distilled
 from infopt.methods.gptq import GPTQ, gptq
+from infopt.methods.nearest import Nearest, nearest
 from infopt.methods.smoothquant import SmoothQuant, smoothquant
 
 METHODS = {
@@ -12,11 +13,12 @@ METHODS = {
     "awq": awq,
     "distilled": distilled,
     "gptq": gptq,
+    "nearest": nearest,
     "smoothquant": smoothquant,
 }
 """Factories by the names that a stack's text may use. A method joins by its file and a line here."""
 
 __all__ = [
-    "AWQ", "GPTQ", "METHODS", "AutoRound", "Distilled", "Method", "SmoothQuant",
-    "autoround", "awq", "distilled", "gptq", "smoothquant",
+    "AWQ", "GPTQ", "METHODS", "AutoRound", "Distilled", "Method", "Nearest", "SmoothQuant",
+    "autoround", "awq", "distilled", "gptq", "nearest", "smoothquant",
 ]  # fmt: skip

@@ -16,10 +16,10 @@ from infopt.methods.base import (
     Method,
     check_reading,
     check_start,
-    nearest,
     refuse_rounded_inputs,
     run_layers,
     text_of,
+    to_nearest,
 )
 from infopt.methods.kept import Kept
 from infopt.methods.layers import Layer, Run
@@ -82,7 +82,7 @@ class AutoRound(Method):
         def change(layer: Layer) -> dict[str, QTensor]:
             own = {n: formats[layer.prefix + n] for n in layer.names}
             first = {n: begun.get(layer.prefix + n) for n in own}
-            return self._learned(layer, own, {n: q or nearest(layer.p[n], own[n], clip) for n, q in first.items()})
+            return self._learned(layer, own, {n: q or to_nearest(layer.p[n], own[n], clip) for n, q in first.items()})
 
         return run_layers(self, model, weights, formats, kept, change, targets=True)
 
@@ -202,7 +202,7 @@ def _programs(run: Run, formats: tuple[tuple[str, Format], ...]) -> tuple[Callab
 
 def autoround(
     text: Any = None,
-    tokens: int = 16384,
+    tokens: int | None = None,
     length: int = 512,
     start: Method | None = None,
     steps: int = 100,

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from infopt.errors import InfoptError
-from infopt.methods.base import check_reading, nearest, text_of
+from infopt.methods.base import check_reading, text_of, to_nearest
 from infopt.methods.folds import Place, Scaled, times_columns
 from infopt.qtensor import Format, dequantize_array
 from infopt.typing import Array
@@ -45,7 +45,7 @@ def _harm(
         total = jnp.zeros(s.shape[:-1], jnp.float32)
         for name, form in formats:
             w, gram = rounded[name]
-            off = w - times_columns(dequantize_array(nearest(times_columns(w, s), form, clip), w.dtype), 1 / s)
+            off = w - times_columns(dequantize_array(to_nearest(times_columns(w, s), form, clip), w.dtype), 1 / s)
             off = off.astype(jnp.float32)
             each = jnp.sum(jnp.matmul(off, gram, precision=jax.lax.Precision.HIGHEST) * off, (-2, -1))
             total = total + (each if of_experts else jnp.sum(each))
@@ -54,7 +54,7 @@ def _harm(
     return jax.lax.map(of, tried)
 
 
-def awq(text: Any = None, tokens: int = 16384, length: int = 512, grid: int = 20) -> AWQ:
+def awq(text: Any = None, tokens: int | None = None, length: int = 512, grid: int = 20) -> AWQ:
     """Scale up the channels that much goes through, so that rounding to nearest harms them less.
 
     Where a norm, or a matrix without a function in between, feeds matrices W by x, W diag(s) is rounded in place of W,

@@ -21,6 +21,9 @@ from infopt.model import Model, Weights, check_length, shapes
 from infopt.qtensor import Format, QTensor, quantize_array
 from infopt.spec import Spec
 
+TOKENS = 16384
+"""That are read by default, of a text that has as many."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Method(abc.ABC):
@@ -28,12 +31,12 @@ class Method(abc.ABC):
 
     Args:
       text: what the stack reads meanwhile: a text, or token ids; None is the calibration split of CPython's topics.
-      tokens: how many of its tokens are read, spread over it.
+      tokens: how many of its tokens are read, spread over it; None: 16,384, or all that it has.
       length: tokens that are read at a time.
     """
 
     text: str | tuple[int, ...] | None = None
-    tokens: int = 16384
+    tokens: int | None = None
     length: int = 512
 
     @property
@@ -82,7 +85,25 @@ class Method(abc.ABC):
         """The same, out of what was kept where it was computed before."""
         read = hashlib.sha256(b"".join(row.tobytes() for row in self.reads(model))).hexdigest()
         kept = kept_for(f"{self!r} {read}", model.spec, weights, formats, clip, jax.default_backend())
-        return self.round(model, weights, formats, clip, kept)
+        dynamic = {n: dataclasses.replace(f, static=False) for n, f in formats.items()}
+        found = self.round(model, weights, dynamic, clip, kept)
+        if static := {n: f for n, f in formats.items() if f.static}:
+            found |= self._static(model, weights.made(list(found), found.__getitem__), static)
+        return found
+
+    def _static(self, model: Model, weights: Weights, formats: Mapping[str, Format]) -> dict[str, Any]:
+        """The rounded matrices with one scale for all that goes into each."""
+
+        def change(layer: Layer) -> dict[str, Any]:
+            found = {}
+            for n, peak in layer.peaks.items():
+                if not bool(jnp.any(peak)):
+                    raise nothing_went_in(self, layer.prefix + n)
+                most = jnp.max(peak, -1)[..., None, None]
+                found[n] = dataclasses.replace(layer.p[n], format=formats[layer.prefix + n], input=most)
+            return found
+
+        return by_layer(model.spec, weights, self.windows(model), set(formats), change, what="static scales")
 
     def digest(self) -> str:
         """Of all texts that are read: with the repr, it says what was computed."""
@@ -125,6 +146,12 @@ class Method(abc.ABC):
         else:
             text = texts.topics("calibration") if self.text is None else self.text
             ids = np.asarray(model.tokenizer.encode(text), np.int32)
+        if self.tokens is not None and len(ids) < self.tokens:
+            raise InfoptError(
+                f"{self!r}: the text has {len(ids)} tokens.",
+                why=f"it was to read {self.tokens}.",
+                fix=f"a longer text, or tokens={len(ids)}",
+            )
         if len(ids) < self.length:
             raise InfoptError(
                 f"{self!r}: the text has {len(ids)} tokens.",
@@ -138,7 +165,7 @@ class Method(abc.ABC):
                 why=f"the model has {vocab}, from 0 on: these are another tokenizer's.",
                 fix="ids made by the model's tokenizer",
             )
-        count = min(max(self.tokens // self.length, 1), len(ids) // self.length)
+        count = min(max((self.tokens or TOKENS) // self.length, 1), len(ids) // self.length)
         starts = np.linspace(0, len(ids) - self.length, count).astype(int)
         return ids[starts[:, None] + np.arange(self.length)]
 
@@ -187,7 +214,7 @@ def _like_rounded(shape: tuple[int, ...], form: Format) -> QTensor:
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def nearest(w: Any, form: Format, clip: str | None) -> QTensor:
+def to_nearest(w: Any, form: Format, clip: str | None) -> QTensor:
     """A matrix rounded to the nearest values."""
     return quantize_array(w, form, 2, clip)
 
@@ -218,6 +245,8 @@ def text_of(text: Any, what: str) -> str | tuple[int, ...] | None:
 def check_reading(what: str, **counts: Any) -> None:
     """Raise unless the numbers count something: a `length` at least 2 tokens."""
     for name, value in counts.items():
+        if value is None and name == "tokens":
+            continue
         least = 2 if name == "length" else 1
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise InfoptError(

@@ -15,7 +15,7 @@ import optax
 
 from infopt import ops
 from infopt.errors import InfoptError
-from infopt.methods.base import Method, check_reading, check_start, nearest, refuse_rounded_inputs, text_of
+from infopt.methods.base import Method, check_reading, check_start, refuse_rounded_inputs, text_of, to_nearest
 from infopt.methods.kept import Kept
 from infopt.methods.layers import Run, embedded, layer_of, programs, scannable, top_of
 from infopt.model import Family, Model, Weights
@@ -71,7 +71,7 @@ class Distilled(Method):
                 fix="a longer text, more tokens=, or a shorter length=",
             )
         if self.start is None:
-            begun: dict[str, Any] = {n: nearest(weights[n], f, clip) for n, f in formats.items()}
+            begun: dict[str, Any] = {n: to_nearest(weights[n], f, clip) for n, f in formats.items()}
         else:
             begun = self.start.rounded(model, weights, formats, clip)
         packed = {n: q for n, q in begun.items() if isinstance(q, QTensor)}
@@ -287,7 +287,7 @@ def _loss(spec: Spec, family: Family) -> tuple[Callable[..., Array], Callable[..
 
 def distilled(
     text: Any = None,
-    tokens: int = 16384,
+    tokens: int | None = None,
     length: int = 512,
     start: Method | None = None,
     steps: int = 60,

@@ -12,7 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from infopt.errors import InfoptError
-from infopt.methods.base import ByLayer, nearest, nothing_went_in
+from infopt.methods.base import ByLayer, nothing_went_in, to_nearest
 from infopt.methods.layers import Inputs, Layer
 from infopt.model import Model, Stream, family_of, shapes, stream_of
 from infopt.qtensor import Format
@@ -135,20 +135,20 @@ class Scaled(ByLayer):
             p |= {n: times_columns(w, s) for n, w in readers.items()}
             p |= _divided(p, fold, own, family.stream.offset)
             changed |= {fold.source, f"{fold.source}_bias", *readers}.intersection(p)
-        return {n: p[n] for n in changed} | {n: nearest(p[n], f, clip) for n, f in formats.items()}
+        return {n: p[n] for n in changed} | {n: to_nearest(p[n], f, clip) for n, f in formats.items()}
 
 
 def times_columns(w: Array, s: Array) -> Array:
     """`w` `[..., O, I]` times `s`, `[I]` or one an expert."""
     s = s[..., None, :] if s.ndim > 1 else s
-    return w * jnp.broadcast_to(s, w.shape).astype(w.dtype)
+    return (w.astype(jnp.float32) * jnp.broadcast_to(s, w.shape)).astype(w.dtype)
 
 
 def _divided(p: dict[str, Any], fold: Fold, s: Array, offset: float) -> dict[str, Array]:
     """The source, and its bias, so that channels come out divided by `s`."""
     w, bias = p[fold.source], p.get(f"{fold.source}_bias")
-    of_rows = jnp.broadcast_to(s if fold.is_norm else s[..., None], w.shape).astype(w.dtype)
-    new = {fold.source: (w + offset) / of_rows - offset if fold.is_norm else w / of_rows}
+    of_rows, exactly = jnp.broadcast_to(s if fold.is_norm else s[..., None], w.shape), w.astype(jnp.float32)
+    new = {fold.source: (exactly + offset) / of_rows - offset if fold.is_norm else exactly / of_rows}
     if bias is not None:
-        new[f"{fold.source}_bias"] = bias / jnp.broadcast_to(s, bias.shape).astype(bias.dtype)
-    return new
+        new[f"{fold.source}_bias"] = bias.astype(jnp.float32) / jnp.broadcast_to(s, bias.shape)
+    return {n: x.astype(p[n].dtype) for n, x in new.items()}

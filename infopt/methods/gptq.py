@@ -48,7 +48,9 @@ class GPTQ(ByLayer):
         return found
 
 
-def gptq(text: Any = None, tokens: int = 16384, length: int = 512, damp: float = 0.01, order: bool = True) -> GPTQ:
+def gptq(
+    text: Any = None, tokens: int | None = None, length: int = 512, damp: float = 0.01, order: bool = True
+) -> GPTQ:
     """Round a matrix's columns one by one, and let those after each make up for its error where inputs are alike.
 
     With H = sum(x x^T) over calibration tokens, what a layer gives is off by tr((W - Q) H (W - Q)^T) in squares. Each
@@ -59,7 +61,7 @@ def gptq(text: Any = None, tokens: int = 16384, length: int = 512, damp: float =
 
     Args:
       text: what the stack reads: a text, several, or token ids; None is `ip.texts.topics("calibration")`.
-      tokens: how many tokens of it, in windows spread over the text.
+      tokens: how many tokens of it, in windows spread over the text; by default 16,384, or all that it has.
       length: of a window.
       damp: this share of the mean of H's diagonal is added to the diagonal.
       order: columns with the greatest inputs first; otherwise from left to right.

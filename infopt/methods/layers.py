@@ -60,7 +60,7 @@ class Layer:
     inputs: list[Array]
     targets: list[Array] | None
     run: Run
-    tapped: Callable[..., dict[str, Inputs]]
+    tapped: Callable[..., Any]
 
     @functools.cached_property
     def statistics(self) -> dict[str, Inputs]:
@@ -71,6 +71,19 @@ class Layer:
             found = new if found is None else _joined(found, new)
         assert found is not None
         return found
+
+    @functools.cached_property
+    def peaks(self) -> dict[str, Array]:
+        """The same without Gram matrices, which are the work: the greatest |x| of each input, `[I]`."""
+        if "statistics" in self.__dict__:
+            return {n: found.peak for n, found in self.statistics.items()}
+        each = [self.tapped(self.p, x, self.names, peaks=True) for x in self.inputs]
+        return functools.reduce(_greater, each)
+
+
+@jax.jit
+def _greater(one: dict[str, Array], other: dict[str, Array]) -> dict[str, Array]:
+    return jax.tree.map(jnp.maximum, one, other)
 
 
 @jax.jit
@@ -153,8 +166,7 @@ def by_layer(
     found: dict[str, Any] = {}
 
     def turn(layer: Layer) -> dict[str, Any]:
-        shape = {n: like[layer.prefix + n] for n in layer.p if layer.prefix + n in like} if like else {}
-        step = layer.prefix.strip(".") or "head"
+        shape, step = _within(layer.prefix, like or {}), layer.prefix.strip(".") or "head"
         new = kept.get(step, shape) if kept else None
         if new is None:
             new = _marked(layer, dict(change(layer)))
@@ -163,6 +175,8 @@ def by_layer(
         found.update({layer.prefix + n: x for n, x in new.items()})
         return new
 
+    if kept and (done := _all_kept(kept, spec, names, like or {})) is not None:
+        return done
     with bar(what, spec.config.layers) as show:
         for i in range(spec.config.layers):
             p = layer_of(spec, weights, i)
@@ -183,18 +197,41 @@ def by_layer(
     return found
 
 
+def _within(prefix: str, like: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a layer by name within it; of "" what is outside of layers."""
+    if not prefix:
+        return {n: x for n, x in like.items() if not n.startswith("layers.")}
+    return {n.removeprefix(prefix): x for n, x in like.items() if n.startswith(prefix)}
+
+
+def _all_kept(kept: Kept, spec: Spec, names: set[str], like: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What all layers gave, if all of them were kept: then none needs to be run."""
+    prefixes = [f"layers.{i}." for i in range(spec.config.layers)] + [""]
+    found: dict[str, Any] = {}
+    for prefix in prefixes:
+        if not _within(prefix, dict.fromkeys(names)):
+            continue
+        new = kept.get(prefix.strip(".") or "head", _within(prefix, like))
+        if new is None:
+            return None
+        found |= {prefix + n: x for n, x in new.items()}
+    return found
+
+
 def _marked(layer: Layer, new: dict[str, Any]) -> dict[str, Any]:
-    """Of experts that nothing went into, the error with a minus: `Model.audit` says so."""
+    """With a minus, the errors of experts that nothing went into, and of matrices with an input that was always 0:
+    `Model.audit` says so."""
     for n in layer.names:
-        if layer.p[n].ndim > 2 and is_qtensor(new[n]):
-            unread = ~jnp.any(layer.statistics[n].peak > 0, -1)[..., None, None]
+        if not is_qtensor(layer.p[n]) and is_qtensor(new[n]):
+            live = layer.peaks[n] > 0
+            unread = ~(jnp.any(live, -1) if live.ndim > 1 else jnp.all(live, -1))[..., None, None]
             size = jnp.abs(new[n].error)
             new[n] = dataclasses.replace(new[n], error=jnp.where(unread, -size, size))
     return new
 
 
-def programs(spec: Spec, phase: int, window: Any) -> tuple[Run, Callable[..., dict[str, Inputs]]]:
-    """A layer's forward pass `(p, x) -> x`, and its statistics `(p, x, names) -> {name: Inputs}`."""
+def programs(spec: Spec, phase: int, window: Any) -> tuple[Run, Callable[..., Any]]:
+    """A layer's forward pass `(p, x) -> x`, and its statistics `(p, x, names) -> {name: Inputs}`; or peaks alone."""
     return _programs(scannable(spec), spec, phase, window)
 
 
@@ -212,25 +249,33 @@ def _programs(family: Family, spec: Spec, phase: int, window: Any) -> Any:  # of
             spec.config, phase, as_run(spec, p), x, None, functools.partial(ops.attend, context=context), None
         )[0]
 
-    return jax.jit(forward), jax.jit(functools.partial(_tapped, forward), static_argnums=2)
+    return jax.jit(forward), _taps(forward)
 
 
 @functools.cache
-def _head(spec: Spec) -> tuple[Run, Callable[..., dict[str, Inputs]]]:
+def _head(spec: Spec) -> tuple[Run, Callable[..., Any]]:
     def forward(p: dict[str, Any], x: Array) -> Array:
         return ops.linear(x, p["head"])
 
-    return jax.jit(forward), jax.jit(functools.partial(_tapped, forward), static_argnums=2)
+    return jax.jit(forward), _taps(forward)
 
 
-def _tapped(forward: Run, p: dict[str, Any], x: Array, names: tuple[str, ...]) -> dict[str, Inputs]:
+def _taps(forward: Run) -> Callable[..., Any]:
+    return jax.jit(functools.partial(_tapped, forward), static_argnums=2, static_argnames="peaks")
+
+
+def _tapped(forward: Run, p: dict[str, Any], x: Array, names: tuple[str, ...], *, peaks: bool = False) -> Any:
+    rounds = {n: ops.Straight(w) for n, w in p.items() if is_qtensor(w) and w.format.activations is not None}
+    p = p | rounds
+
     def total(taps: dict[str, tuple[Array, Array]]) -> Array:
         tapped = {n: ops.Tapped(p[n], *tap, routed=tap[0].ndim > 2) for n, tap in taps.items()}
-        rounds = {n: ops.Straight(w) for n, w in p.items() if is_qtensor(w) and w.format.activations is not None}
-        return jnp.sum(forward(p | rounds | tapped, x).astype(jnp.float32))
+        return jnp.sum(forward(p | tapped, x).astype(jnp.float32))
 
-    def zeros(w: Array) -> tuple[Array, Array]:
-        lead, width = w.shape[:-2], w.shape[-1]
+    def zeros(w: Any) -> tuple[Array, Array]:
+        packed = w.weight if isinstance(w, ops.Straight) else w
+        lead, width = (packed.codes if is_qtensor(packed) else packed).shape[:-2], packed.shape[-1]
         return jnp.zeros((*lead, width, width), jnp.float32), jnp.zeros((*lead, width), jnp.float32)
 
-    return {n: Inputs(*tap) for n, tap in jax.grad(total)({n: zeros(p[n]) for n in names}).items()}
+    found = {n: Inputs(*tap) for n, tap in jax.grad(total)({n: zeros(p[n]) for n in names}).items()}
+    return {n: tap.peak for n, tap in found.items()} if peaks else found

@@ -29,7 +29,7 @@ class SmoothQuant(Scaled):
         return jnp.where(widest > 0, jnp.maximum(s, 1e-5), 1)
 
 
-def smoothquant(text: Any = None, tokens: int = 16384, length: int = 512, strength: float = 0.5) -> SmoothQuant:
+def smoothquant(text: Any = None, tokens: int | None = None, length: int = 512, strength: float = 0.5) -> SmoothQuant:
     """Even out what goes in against the weights, so that both are rounded well: for `quantize(activations=8)`.
 
     Where a norm, or a matrix without a function in between, feeds matrices W by x, columns j of W are multiplied, and x

@@ -22,7 +22,7 @@ from infopt.spec import Spec
 from infopt.transforms.base import Transform, layer_matrices, need_dense, whole
 from infopt.typing import is_traced
 
-BITS = {8: "int8", 4: "int4", 3: "int3", 2: "int2"}
+BITS = {8: "int8", 6: "int6", 5: "int5", 4: "int4", 3: "int3", 2: "int2"}
 """The formats that bits can name."""
 
 
@@ -51,6 +51,7 @@ class Quantize(Transform):
     pad: bool = False
     method: Method | None = None
     activations: int | None = None
+    static: bool = False
 
     @property
     def exact(self) -> bool:
@@ -64,8 +65,8 @@ class Quantize(Transform):
         group = row.group if self.group is None else self.group
         if row.rule == "none":
             return Format(name, activations=self.activations)
-        small = row.scale not in ("float16", "float32")
-        return Format(name, group, "float32" if group is None and not small else row.scale, self.pad, self.activations)
+        scale = "float32" if group is None and row.scale in ("float16", "float32") else row.scale
+        return Format(name, group, scale, self.pad, self.activations, self.static)
 
     @property
     def rules(self) -> tuple[Rule, ...]:
@@ -207,18 +208,19 @@ def quantize(
     pad: bool = False,
     method: Method | str | None = None,
     activations: int | None = None,
+    static: bool = False,
 ) -> Quantize:
     """Store weights in few bits, rounded to the nearest level or by a method. Not exact.
 
     8 bits: symmetric, a scale a row of the matrix (or a group of its inputs); 1 byte a weight and the scales.
     4 bits: packed two to a byte, symmetric in groups of `group` inputs (32 by default), scale = extreme value / -8,
-    16-bit scales; 0.5625 bytes a weight in groups of 32. 3 and 2 bits alike, 0.4375 and 0.3125 bytes.
+    16-bit scales; 0.5625 bytes a weight in groups of 32. 6, 5, 3 and 2 bits alike, of `bits / 8 + 0.0625` bytes.
     `infopt.formats.FORMATS` lists all formats, and takes a user's own; nothing rounds to GGUF's K-quants, which are
     kept as files hold them. Activations stay as they are, and products are accumulated in their type, unless
     `activations` says otherwise.
 
     Args:
-      bits: 8 (the default), 4, 3 or 2; as format="int8", "int4", "int3", "int2".
+      bits: 8 (the default), 6, 5, 4, 3 or 2; as format="int8", "int4", ...
       group: neighbouring inputs that share a scale; must divide every matrix it meets. By default the format's own.
       where: a pattern over logical names (`"layers.*.mlp.*"`, `"embed"`), several, or a mapping of patterns to bits or
         formats, None for what is to stay dense; by default the blocks' linear layers. Of several patterns the first
@@ -230,10 +232,13 @@ def quantize(
         with the stack before it, when params are converted. By default each value is rounded to the nearest.
       activations: 8 rounds what is multiplied by these weights to 8 bits as well, each token by a scale of its own, and
         sums products in int32 (`infopt.kernels.int_matmul`, which defines it). Only of formats with whole levels.
+      static: with activations, one scale for all tokens that go into a matrix: the greatest value that went in while
+        the method read its text, through the rounded stack; what is greater later is cut off. `method="nearest"` is
+        rounding to nearest with such a text.
 
     Raises:
       InfoptError: bits, format or group make no format; a pattern matches nothing; the group does not divide;
-        activations where levels are not whole, or of a table.
+        activations where levels are not whole, or of a table; static scales without activations or a method.
       TransformOrderError: a matched weight is packed already.
 
     >>> import infopt as ip
@@ -275,7 +280,14 @@ def quantize(
             fix="activations=8, or None",
         )
     activations = None if activations is None else 8
-    transform = Quantize(bits, group, _patterns(where), format, clip, pad, _method(method), activations)
+    if not isinstance(static, bool) or (static and (activations is None or method is None)):
+        lacks = "activations" if activations is None else "a method"
+        raise InfoptError(
+            f"quantize(static={static!r})" + (f" without {lacks}." if isinstance(static, bool) else " is no truth."),
+            why="static scales are of inputs that are rounded, and are read off a text.",
+            fix='quantize(bits=8, activations=8, static=True, method="nearest"), or "smoothquant"',
+        )
+    transform = Quantize(bits, group, _patterns(where), format, clip, pad, _method(method), activations, static)
     for rule in transform.rules:
         _check_scale(transform, rule.format)
     return transform
@@ -298,7 +310,7 @@ def _bits(bits: Any) -> int:
         raise InfoptError(
             f"quantize(bits={bits!r}) is not a format.",
             why="those are the formats that bits can name.",
-            fix='bits=8, 4, 3 or 2, or format="nf4", say',
+            fix='bits=8, 6, 5, 4, 3 or 2, or format="nf4", say',
         )
     return operator.index(bits)
 

@@ -183,6 +183,7 @@ def test_memory_is_a_layers(llama: tuple[ip.Model, Any]) -> None:
 
 WRONG: dict[str, tuple[Any, str]] = {
     "short": (lambda: ip.gptq(IDS[:20], length=32), "the text has 20 tokens"),
+    "too few": (lambda: ip.gptq(IDS[:200], tokens=201, length=32), "the text has 200 tokens"),
     "foreign": (lambda: ip.gptq(IDS + 7, length=32), "has a token 6"),
     "no tokenizer": (lambda: ip.gptq("some text", length=4), "no tokenizer"),
     "beyond the context": (lambda: ip.gptq(IDS, length=65), "windows of 65 tokens"),

@@ -12,7 +12,7 @@ import pytest
 
 import infopt as ip
 from infopt.errors import InfoptError
-from infopt.methods import autoround, gptq, kept
+from infopt.methods import autoround, gptq, kept, layers
 from infopt.methods.autoround import AutoRound
 from infopt.methods.distilled import _Distillation
 from infopt.methods.gptq import GPTQ
@@ -161,3 +161,21 @@ def test_nothing_is_kept_of_a_family_of_ones_own(folder: Path, llama: tuple[ip.M
     mine = ip.define("mine", own.config, init=own.init, embed=own.embed, block=block, final=own.final)
     ip.quantize(bits=4, group=16, method=gptq(**HOW))(ip.Model.of(mine, model.spec.config)).convert(params)
     assert not folder.exists()
+
+
+def test_where_all_layers_are_kept_none_is_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stack = ip.quantize(bits=4, group=16, where=["layers.*", "head"], method=gptq(**HOW))
+    model = ip.models.llama(layers=2, dim=32, heads=4, kv_heads=2, vocab=61, context=64, tied=False)
+    params = model.init(jax.random.key(0))
+    want, runs = stack(model).convert(params), list[int]()
+    own = layers.programs
+
+    def programs(*args: Any) -> Any:
+        runs.append(0)
+        return own(*args)
+
+    monkeypatch.setattr(layers, "programs", programs)
+    assert same(stack(model).convert(params), want) and not runs
+    (kept_in,) = folder.iterdir()
+    (kept_in / "head").unlink()
+    assert same(stack(model).convert(params), want) and len(runs) == 2

@@ -14,7 +14,7 @@ import infopt as ip
 from infopt.errors import InfoptError
 from infopt.formats import FORMATS
 from infopt.methods.autoround import Free, _point, _stored, _values
-from infopt.methods.base import nearest
+from infopt.methods.base import to_nearest
 from infopt.methods.distilled import _changed, _Distillation, _unchanged
 from infopt.methods.kept import Kept
 from infopt.methods.layers import Layer, by_layer
@@ -97,7 +97,7 @@ def test_a_learned_matrix_that_did_not_move_is_its_start(name: str) -> None:
     row = FORMATS[name]
     form = Format(name, row.group and 16, row.scale, pad=True)
     w = jax.random.normal(jax.random.key(0), (8, 40), jnp.float32)
-    q = nearest(w, form, None)
+    q = to_nearest(w, form, None)
     point = _point(w, q, form)
     free = Free(jnp.zeros_like(point.level), jnp.ones_like(point.scale))
     np.testing.assert_allclose(_values(w, point, free, form), dequantize_array(q), rtol=1e-6, atol=1e-7)
@@ -128,7 +128,7 @@ def test_slopes_are_those_of_the_whole_model(llama: tuple[ip.Model, Any]) -> Non
     text = ids(model, 96).reshape(3, 32)
     weights = Weights.of(model.spec, params)
     form = Format("int4_min", 16, "float32")
-    begun = {n: nearest(weights[n], form, None) for n in shapes(model.spec) if n.endswith(("attn.v", "mlp.down"))}
+    begun = {n: to_nearest(weights[n], form, None) for n in shapes(model.spec) if n.endswith(("attn.v", "mlp.down"))}
     run = _Distillation(ip.distilled(steps=1), model.spec, weights, begun, text[:2], text[2:], Kept(None))
     zero = {n: _unchanged(q) for n, q in begun.items()}
     loss, slopes = run._slopes(zero, [1])

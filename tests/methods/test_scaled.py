@@ -12,7 +12,7 @@ import pytest
 import infopt as ip
 from infopt.errors import InfoptError
 from infopt.methods.awq import AWQ
-from infopt.methods.base import nearest
+from infopt.methods.base import to_nearest
 from infopt.methods.folds import Place
 from infopt.methods.layers import Layer, by_layer
 from infopt.model import Weights, assemble
@@ -60,12 +60,12 @@ def test_scaling_alone_changes_nothing(name: str, family: str) -> None:
 
     import infopt.methods.folds as folds
 
-    method, real = METHODS[name](ids(model), **HOW), folds.nearest
+    method, real = METHODS[name](ids(model), **HOW), folds.to_nearest
     try:
-        folds.nearest = kept  # type: ignore[assignment]
+        folds.to_nearest = kept  # type: ignore[assignment]
         found = changed(model, params, method, bits=4, group=16)
     finally:
-        folds.nearest = real
+        folds.to_nearest = real
     dense = assemble(model.spec, Weights.of(model.spec, params).made(found, lambda n: found[n]))
     text = jnp.asarray(ids(model, 64).reshape(2, 32))
     one, other = (np.asarray(model.apply(p, text)[0]) for p in (params, dense))
@@ -85,7 +85,7 @@ def test_awq_lessens_what_layers_lose(family: str) -> None:
 
     def change(layer: Layer) -> dict[str, Any]:
         new = {n: found[layer.prefix + n] for n in layer.p if layer.prefix + n in found}
-        plain = {n: nearest(layer.p[n], dict(form)[layer.prefix + n], None) for n in layer.names}
+        plain = {n: to_nearest(layer.p[n], dict(form)[layer.prefix + n], None) for n in layer.names}
 
         def harm(p: dict[str, Any], x: Any) -> float:
             return float(jnp.sum((layer.run(layer.p | p, x) - layer.run(layer.p, x)) ** 2))
@@ -110,7 +110,7 @@ def test_the_least_harm_of_all_exponents_is_chosen() -> None:
     for i in range(10):
         s = rms ** (i / 10)
         s = (s / np.sqrt(s.max() * s.min())).astype(np.float32)
-        q = np.asarray(dequantize_array(nearest(jnp.asarray(w * s), form, None)), np.float64) / s
+        q = np.asarray(dequantize_array(to_nearest(jnp.asarray(w * s), form, None)), np.float64) / s
         harms.append((float(np.sum(((w - q) @ x.T) ** 2)), s))
     least = min(harms, key=lambda each: each[0])
     np.testing.assert_allclose(found, least[1], rtol=1e-4)
@@ -169,7 +169,7 @@ def test_channels_that_are_turned_are_not_scaled() -> None:
     found = changed(turned, own, ip.awq(ids(model), **HOW), bits=4, group=16)
     weights = Weights.of(turned.spec, own)
     np.testing.assert_array_equal(
-        dequantize_array(found["layers.1.mlp.down"]), dequantize_array(nearest(weights["layers.1.mlp.down"],
+        dequantize_array(found["layers.1.mlp.down"]), dequantize_array(to_nearest(weights["layers.1.mlp.down"],
         found["layers.1.mlp.down"].format, None)))  # fmt: skip
     stack = ip.quantize(bits=8, method=ip.smoothquant(ids(model), **HOW))(turned)
     one, other = (

@@ -162,10 +162,10 @@ def test_an_unknown_name_gets_a_suggestion(text: str, near: str) -> None:
 @pytest.mark.parametrize(
     ("text", "signature"),
     [
-        ("quantize(bitz=8)", "quantize(bits, group, where, format, clip, pad, method, activations)"),
+        ("quantize(bitz=8)", "quantize(bits, group, where, format, clip, pad, method, activations, static)"),
         ("gqa()", "gqa(kv_heads, init, seed)"),
         ("gqa(1, 2, 3, 4)", "gqa(kv_heads, init, seed)"),
-        ("quantize(8, bits=8)", "quantize(bits, group, where, format, clip, pad, method, activations)"),
+        ("quantize(8, bits=8)", "quantize(bits, group, where, format, clip, pad, method, activations, static)"),
         ("sliding_window()", "sliding_window(size, sinks, layers)"),
         ("dequantize(1)", "dequantize()"),
     ],
@@ -180,8 +180,8 @@ def test_a_wrong_argument_is_shown_the_signature(text: str, signature: str) -> N
 @pytest.mark.parametrize(
     "text",
     [
-        "quantize(bits=5)",
-        "quantize(format='int5')",
+        "quantize(bits=7)",
+        "quantize(format='int7')",
         "quantize(where={'*': [8]})",
         "quantize(where={3: 8})",
         "quantize(bits='8')",

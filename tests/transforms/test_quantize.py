@@ -155,11 +155,11 @@ def test_float32_is_no_format_and_the_way_to_leave_weights_so_is_said() -> None:
     assert kept.format_of("layers.0.attn.q") is not None
 
 
-@pytest.mark.parametrize("bits", [0, 5, 16, "8", 4.5, True, [8]])
+@pytest.mark.parametrize("bits", [0, 7, 16, "8", 4.5, True, [8]])
 def test_bits_that_are_no_format_are_refused(bits: object) -> None:
     with pytest.raises(InfoptError, match="is not a format") as e:
         ip.quantize(bits=bits)  # type: ignore[arg-type]
-    assert e.value.fix == 'bits=8, 4, 3 or 2, or format="nf4", say'
+    assert e.value.fix == 'bits=8, 6, 5, 4, 3 or 2, or format="nf4", say'
 
 
 @pytest.mark.parametrize("group", [0, 1, -4, 2.0, "32", True])

@@ -11,7 +11,7 @@ from infopt.errors import InfoptError
 from infopt.kernels.int_matmul import pallas_tpu, xla
 from infopt.kernels.int_matmul.call import Call, rounded
 from infopt.kernels.platforms import Implementation, check_served, run, runs_on
-from infopt.qtensor import QTensor
+from infopt.qtensor import QTensor, of_layer
 from infopt.typing import Array
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
@@ -39,6 +39,7 @@ def int_matmul(
         most = max|x|;  c = clip(round_half_even(x * (127 / most)), -127, 127)
         y = most * (1 / 127) * sum_g (scale_g * sum_g (c * level) + minimum_g * sum_g c)
 
+    or with `most` the weight's own (`QTensor.input`) where its format is `static`; what is greater is cut off then.
     The inner sums are exact, in int32; all else is float32. A row's result depends on no other row. Rows of nothing
     greater than 2**-119 count as zeros; one that holds NaN or infinity gives NaN. There is no gradient.
 
@@ -92,7 +93,8 @@ def int_matmul(
             why="what suits this platform is no kernel of Pallas.",
             fix="implementation='pallas_tpu'",
         )
-    call = Call(*rounded(x.reshape(-1, terms)), weight, index, x.dtype)
+    static = of_layer(weight.input, index) if form.static else None
+    call = Call(*rounded(x.reshape(-1, terms), static), weight, index, x.dtype)
     if implementation is not None:
         what = f"{call.codes.shape[0]} rows by {form}"
         check_served(IMPLEMENTATIONS, implementation, "the integer product", (call,), what, "xla")

@@ -38,17 +38,22 @@ class Call:
     dtype: Any
 
 
-def rounded(x: Array) -> tuple[Array, Array]:
+def rounded(x: Array, static: Any = None) -> tuple[Array, Array]:
     """Rows `[M, I]` as int8 codes, and the scale of each, float32 `[M, 1]`.
 
         most = max|x|;  code = clip(round_half_even(x * (127 / most)), -127, 127);  scale = most * (1 / 127)
 
-    all in float32. A row without anything of at least `LEAST` is zeros, with a scale of 0. One that holds NaN or
-    infinity has codes of 0 and a scale of NaN, so that what is made of it is NaN.
+    all in float32; with `static`, a number, that takes the place of each row's `most`. A row without anything of at
+    least `LEAST` is zeros, with a scale of 0. One that holds NaN or infinity has codes of 0 and a scale of NaN, so that
+    what is made of it is NaN.
     """
     x = x.astype(jnp.float32)
     most = jnp.max(jnp.abs(x), -1, keepdims=True)
-    some, finite = most >= LEAST, jnp.isfinite(most)
+    finite = jnp.isfinite(most)
+    if static is not None:
+        most = jnp.broadcast_to(static.astype(jnp.float32), most.shape)
+        finite &= jnp.isfinite(most)
+    some = most >= LEAST
     inverse = 127 / jnp.where(some & finite, most, 1)
     codes = jnp.clip(jnp.round(x * jnp.broadcast_to(inverse, x.shape)), -127, 127)
     codes = jnp.where(jnp.broadcast_to(some & finite, x.shape), codes, 0).astype(jnp.int8)
