@@ -18,7 +18,7 @@ from typing import Any
 
 import infopt as ip
 
-UNIFORM = {"4.25 bits": dict(bits=4, group=64), "5 bits": dict(bits=4, group=16)}
+UNIFORM: dict[str, dict[str, Any]] = {"4.25 bits": dict(bits=4, group=64), "5 bits": dict(bits=4, group=16)}
 CHOICES = (3, 4, 5, 8)
 
 

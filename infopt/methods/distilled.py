@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, final
 
 import jax
@@ -17,7 +17,7 @@ from infopt import ops
 from infopt.errors import InfoptError
 from infopt.methods.base import Method, check_reading, check_start, refuse_rounded_inputs, text_of, to_nearest
 from infopt.methods.kept import Kept
-from infopt.methods.layers import Run, embedded, layer_of, programs, scannable, top_of
+from infopt.methods.layers import Run, embedded, last_of, layer_of, programs, scannable, top_of
 from infopt.model import Family, Model, Weights
 from infopt.progress import bar
 from infopt.qtensor import Format, QTensor, dequantize_array, measured
@@ -28,6 +28,8 @@ ROWS = 128
 """Tokens whose logits are there at once."""
 HELD = 8
 """Of so many windows one is held back, to choose the rate and the end by."""
+TOKENS = 512
+"""Tokens that go through at once, at most; one window at least."""
 PARTS = 6
 """Parts that the steps are done in; after each, what is held back is read."""
 
@@ -130,20 +132,19 @@ class _Distillation:
         for i in range(spec.config.layers):
             p = layer_of(spec, weights, i)
             xs = [self.runs[i](p, x) for x in xs]
-        hidden = jax.jit(functools.partial(scannable(spec).final, spec.config))  # type: ignore[arg-type]
-        self.aims = [hidden(top, x) for x in xs]
+        hidden = last_of(spec)
+        self.aims = np.concatenate([np.asarray(hidden(top, x)) for x in xs])
 
     def trained(self) -> dict[str, Change]:
         how, zero = self.how, {n: _unchanged(q) for n, q in self.begun.items()}
-        adam = {rate: optax.adam(optax.cosine_decay_schedule(rate, how.steps), b2=0.95) for rate in how.rates}
+        adam = {rate: _adam(rate, how.steps) for rate in how.rates}
         part = max(how.steps // PARTS, 1)
         ends = [*range(part, how.steps, part), how.steps]
         with bar("distilled", how.steps + part * (len(how.rates) - 1)) as show:
             first = self._kl(zero)
             tried = []
             for i, rate in enumerate(how.rates):
-                with jax.numpy_dtype_promotion("standard"):
-                    begin = _State(zero, adam[rate].init(zero), first)  # type: ignore[arg-type]
+                begin = _State(zero, adam[rate].init(zero), first)
                 tried.append(self._steps(f"rate-{i}", begin, adam[rate], 0, ends[0]))
                 show(part * (i + 1), f"distilled, KL {float(first):.4f} to {float(tried[-1].kl):.4f}")
             best = int(np.argmin([float(s.kl) for s in tried]))
@@ -176,9 +177,7 @@ class _Distillation:
             loss, slopes = self._slopes(changes, sorted(int(i) for i in chosen))
             if not bool(jnp.isfinite(loss)):
                 return _State(changes, moments, jnp.asarray(jnp.inf, jnp.float32))
-            with jax.numpy_dtype_promotion("standard"):
-                updates, moments = optimiser.update(slopes, moments)
-                changes: Any = optax.apply_updates(changes, updates)
+            changes, moments = optimiser.step(changes, moments, slopes)
         new = _State(changes, moments, self._kl(changes))
         self.kept.put(name, new)
         return new
@@ -189,33 +188,62 @@ class _Distillation:
             own = {n.removeprefix(prefix): c for n, c in changes.items() if n.startswith(prefix)}
             yield prefix, programs_of, layer_of(self.spec, self.student, i), own
 
-    def _through(self, changes: dict[str, Change], i: int) -> tuple[list[Array], Any, Any]:
-        """What goes into each layer, and into the head, for window i; and the head, with its changes."""
-        xs = embedded(self.spec, self.top, self.rows[i : i + 1], 1)
+    def _through(self, changes: dict[str, Change], windows: list[int]) -> tuple[list[Array], Any, Any, Array]:
+        """What goes into each layer, and into the head, for some windows; the head, with its changes; and the aims."""
+        xs = embedded(self.spec, self.top, self.rows[windows], len(windows))
         for _, (run, _), p, own in self._layers(changes):
             xs.append(run(p, own, xs[-1]))
-        return xs, self.top.get("head", self.top["embed"]), changes.get("head")
+        return xs, self.top.get("head", self.top["embed"]), changes.get("head"), jnp.asarray(self.aims[windows])
+
+    def _at_once(self, windows: Sequence[int]) -> list[list[int]]:
+        """The windows, as many at a time as may be, in parts of one size but for the last."""
+        size = max(TOKENS // self.rows.shape[1], 1)
+        return [list(windows[at : at + size]) for at in range(0, len(windows), size)]
 
     def _kl(self, changes: dict[str, Change]) -> Array:
-        found = []
-        for i in range(len(self.tokens), len(self.rows)):
-            xs, head, own = self._through(changes, i)
-            found.append(self.loss[0](self.top, head, own, xs[-1], self.plain_head, self.aims[i]))
-        kl = jnp.mean(jnp.stack(found))
+        held, found = range(len(self.tokens), len(self.rows)), []
+        for some in self._at_once(held):
+            xs, head, own, aims = self._through(changes, some)
+            found.append(self.loss[0](self.top, head, own, xs[-1], self.plain_head, aims) * len(some))
+        kl = jnp.sum(jnp.stack(found)) / len(held)
         return jnp.where(jnp.isfinite(kl), kl, jnp.inf)
 
     def _slopes(self, changes: dict[str, Change], windows: list[int]) -> tuple[Array, dict[str, Change]]:
         total = None
-        for i in windows:
-            xs, head, own = self._through(changes, i)
-            loss, (of_head, dx) = self.loss[1](self.top, head, own, xs.pop(), self.plain_head, self.aims[i])
+        for some in self._at_once(windows):
+            xs, head, own, aims = self._through(changes, some)
+            loss, (of_head, dx) = self.loss[1](self.top, head, own, xs.pop(), self.plain_head, aims)
             found = {} if own is None else {"head": of_head}
             for prefix, (_, back), p, mine in reversed(list(self._layers(changes))):
                 slopes, dx = back(p, mine, xs.pop(), dx)
                 found |= {prefix + n: slope for n, slope in slopes.items()}
-            total = (loss, found) if total is None else jax.tree.map(jnp.add, total, (loss, found))
+            total = _added(total, (loss, found), len(some) / len(windows))
         assert total is not None
-        return jax.tree.map(lambda x: x / len(windows), total)
+        return total
+
+
+@jax.jit
+def _added(total: Any, more: Any, share: Any) -> Any:
+    mine = jax.tree.map(lambda x: x * share, more)
+    return mine if total is None else jax.tree.map(jnp.add, total, mine)
+
+
+class _Adam(NamedTuple):
+    init: Callable[..., Any]
+    step: Callable[..., Any]
+
+
+@functools.lru_cache(maxsize=16)
+def _adam(rate: float, steps: int) -> _Adam:
+    """Adam whose rate falls along a cosine: its first moments, and a step's changes and moments."""
+    own = optax.adam(optax.cosine_decay_schedule(rate, steps), b2=0.95)
+
+    def step(changes: Any, moments: Any, slopes: Any) -> tuple[Any, Any]:
+        with jax.numpy_dtype_promotion("standard"):
+            updates, moments = own.update(slopes, moments)
+            return optax.apply_updates(changes, updates), moments
+
+    return _Adam(own.init, jax.jit(step))
 
 
 def _unchanged(q: QTensor) -> Change:

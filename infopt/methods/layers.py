@@ -17,7 +17,7 @@ from infopt.methods.kept import Kept
 from infopt.model import Family, Weights, as_run, family_of, shapes
 from infopt.progress import bar
 from infopt.qtensor import is_qtensor
-from infopt.spec import Spec
+from infopt.spec import Config, Spec
 from infopt.typing import Array
 
 TOKENS = 4096
@@ -122,8 +122,23 @@ def layer_of(spec: Spec, weights: Mapping[str, Any], layer: int) -> dict[str, An
 def embedded(spec: Spec, top: dict[str, Any], tokens: np.ndarray, per: int) -> list[Array]:
     """What goes into the first layer, `per` windows at a time."""
     places = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
-    embed = jax.jit(functools.partial(scannable(spec).embed, spec.config))  # type: ignore[arg-type]
+    embed = _embed(scannable(spec), spec.config)
     return [embed(top, jnp.asarray(tokens[at : at + per]), places[at : at + per]) for at in range(0, len(tokens), per)]
+
+
+@functools.lru_cache(maxsize=64)
+def _embed(family: Family, config: Config) -> Callable[..., Array]:
+    return jax.jit(functools.partial(family.embed, config))  # type: ignore[arg-type]
+
+
+def last_of(spec: Spec) -> Callable[[dict[str, Any], Array], Array]:
+    """What follows the layers: weights outside of them, and what the last gives, to what goes into the head."""
+    return _final(scannable(spec), spec.config)
+
+
+@functools.lru_cache(maxsize=64)
+def _final(family: Family, config: Config) -> Callable[..., Array]:
+    return jax.jit(functools.partial(family.final, config))  # type: ignore[arg-type]
 
 
 def by_layer(
@@ -158,7 +173,7 @@ def by_layer(
     Raises:
       InfoptError: the stack's family is one function.
     """
-    family = scannable(spec)
+    scannable(spec)
     outside = {n for n in names if not n.startswith("layers.")}
     top = top_of(spec, weights)
     xs = embedded(spec, top, tokens, max(TOKENS // tokens.shape[1], 1))
@@ -189,7 +204,7 @@ def by_layer(
             show(i + 1)
     if outside:
         run, tapped = _head(spec)
-        final = jax.jit(functools.partial(family.final, spec.config))  # type: ignore[arg-type]
+        final = last_of(spec)
         xs = [final(top, x) for x in xs]
         p = jax.tree.map(jnp.asarray, top)
         aims = None if plain is None else [run(p, final(top, x)) for x in plain]

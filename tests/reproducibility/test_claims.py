@@ -32,6 +32,7 @@ CLAIMS = [
     Claim(f"cache_kv() | {DRAFT}", "tokens", 0, seed=2),
     Claim(f"cache_kv() | paged(16) | {DRAFT}", "tokens", 0, seed=3),
     Claim("cache_kv()", "kl", 1e-9),
+    Claim("rotate() | cache_kv()", "tokens", 0, seed=4),
     # formats: what they cost in quality
     Claim("quantize(format='fp16')", "ppl", 0.0005),
     Claim("quantize(format='bf16')", "ppl", 0.001),
@@ -44,6 +45,9 @@ CLAIMS = [
     # what the split makes of 4-bit keys and values, by token 0.013; what GPTQ makes of int4, to nearest 0.036
     Claim("cache_kv(bits=4, split=32)", "kl", 0.001),
     Claim("quantize(bits=4, group=32, method='gptq')", "kl", 0.028),
+    # inputs rounded too, which a rotation evens out
+    Claim("quantize(bits=8, activations=8)", "kl", 0.002),
+    Claim("rotate(online=True) | quantize(bits=8, activations=8)", "kl", 0.0008),
     # any stack is what the float64 model of its own Spec says
     Claim("quantize(bits=4, group=32) | sliding_window(16, sinks=2) | cache_kv()", "logits", 1e-4, "numpy"),
     Claim("gqa(4) | quantize(format='nf4') | cache_kv() | paged(8)", "logits", 1e-4, "numpy", 1),
