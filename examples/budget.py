@@ -1,8 +1,9 @@
-"""Bits given to the matrices that need them: `ip.mixed` against one format of the same bytes, and random choices.
+r"""Bits given to the matrices that need them: `ip.mixed` against one format of the same bytes, and random choices.
 
     python examples/budget.py                                                       # `tiny`, a small part
     python examples/budget.py --all --json docs/budget_tiny.json
-    python examples/budget.py --model smollm2-135m --rotate --all --json docs/budget_smollm2.json
+    python examples/budget.py --model smollm2-135m --rotate --all --tokens 512 --length 256 --held 5120 \
+        --json docs/budget_smollm2.json
 
 Each matrix's sensitivity is measured on calibration text, and what is chosen by it on held-out text: KL to the model as
 it was, rounded to nearest, 95% intervals of paired differences. The budget is what the one format measures.
@@ -71,6 +72,8 @@ def main() -> None:
     parser.add_argument("--all", action="store_true", help="both budgets, ten random choices, more text")
     parser.add_argument("--segments", type=int, default=8, help="runs of layers, at most (default: %(default)s)")
     parser.add_argument("--tokens", type=int, help="of calibration text (default: 2048; a small part: 1024)")
+    parser.add_argument("--held", type=int, help="tokens of held-out text (default: 10240; a small part: 2048)")
+    parser.add_argument("--length", type=int, default=512, help="of windows (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="a file for all of it")
     args = parser.parse_args()
     args.random = 10 if args.all else 1
@@ -79,12 +82,12 @@ def main() -> None:
     if args.rotate:
         made = ip.rotate()(model)
         model, params = made, made.convert(params, model)
-    length = min(512, model.spec.config.context)
     read, held = (
-        ip.windows(ip.texts.topics(split), length, tokenizer=model.tokenizer) for split in ("calibration", "heldout")
+        ip.windows(ip.texts.topics(split), args.length, tokenizer=model.tokenizer)
+        for split in ("calibration", "heldout")
     )
     args.read = read.spread(args.tokens or (2048 if args.all else 1024))
-    args.held = held.spread(10_240 if args.all else 2048)
+    args.held = held.spread(args.held or (10_240 if args.all else 2048))
     start = time.perf_counter()
     sensitivity = ip.sensitivity(model, params, formats=CHOICES, group=64, text=args.read)
     print(f"{args.model}{', rotated' * args.rotate}: {len(sensitivity.names)} matrices in {len(CHOICES)} formats, on")

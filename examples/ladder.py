@@ -3,6 +3,7 @@
     python examples/ladder.py                                                    # `tiny`, a small part
     python examples/ladder.py --all --out ladder-tiny --json docs/ladder_tiny.json
     python examples/ladder.py --model smollm2-135m --all --out ladder-smollm2 --json docs/ladder_smollm2.json
+    python examples/ladder.py --page docs/ladder.md docs/ladder_tiny.json docs/ladder_smollm2.json
 
 Grids are symmetric (int4, int3, int2: scale = extreme value / least level), blocks alone are rounded, and a group that
 does not divide a row is filled up; what that takes is counted. A run that was stopped goes on where it was: rows lie in
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import infopt as ip
 from infopt.model import is_matrix, shapes
@@ -44,6 +46,44 @@ def stacks(model: ip.Model, bits: list[int], groups: list[int], methods: list[st
     return found
 
 
+def as_json(table: ip.Table, model: str) -> dict[str, Any]:
+    """What is kept of a table: of each row the KL and the perplexity to the base, with their intervals."""
+    base, rows = table.rows[0].scores, []
+    for row in table.rows[1:]:
+        assert row.scores is not None and base is not None
+        kl, ppl = row.scores.kl, ip.difference(row.scores, base, "ppl", relative=True)
+        found = {name: [each.value, each.low, each.high] for name, each in (("kl", kl), ("ppl", ppl))}
+        rows.append({"name": row.name, "stack": row.stack, "bytes_a_weight": row.weight_bytes / row.weights} | found)
+    return {"model": model, "title": table.title, "rows": rows}
+
+
+def page(files: list[Path]) -> str:
+    """Markdown: for each model, bits and groups down, methods across."""
+    parts = ["# The ladder", "Printed by `python examples/ladder.py --page`; how, says its docstring.\n"]
+    for told in (json.loads(file.read_text()) for file in files):
+        cells = {row["name"]: row for row in told["rows"]}
+        names = list(dict.fromkeys(name.split(", ", 2)[2] for name in cells))
+        grids = list(dict.fromkeys(", ".join(name.split(", ", 2)[:2]) for name in cells))
+        parts += [f"## {told['model']}\n", told["title"] + "\n"]
+        for what, of in (("KL to the base, nats a token", kl_cell), ("Perplexity to the base", ppl_cell)):
+            parts += [f"{what}:\n", "| bits, group | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+            for grid in grids:
+                own = [cells.get(f"{grid}, {name}") for name in names]
+                parts.append(f"| {grid} | " + " | ".join("" if row is None else of(row) for row in own) + " |")
+            parts.append("")
+    return "\n".join(parts)
+
+
+def kl_cell(row: dict[str, Any]) -> str:
+    value, low, high = row["kl"]
+    return f"{value:.4f} ± {(high - low) / 2:.4f}"
+
+
+def ppl_cell(row: dict[str, Any]) -> str:
+    value, low, high = (100 * x for x in row["ppl"])
+    return f"{value:+.1f}% ± {(high - low) / 2:.1f}%"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny", help="a name or a path (default: %(default)s)")
@@ -54,7 +94,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, help="of held-out text (default: as infopt ablate; a small part: 4096)")
     parser.add_argument("--out", type=Path, help="a folder for the rows, from which a run that was stopped goes on")
     parser.add_argument("--json", type=Path, help="a file for the table")
+    parser.add_argument("--page", type=Path, help="only write what FILES, written by --json, say as Markdown")
+    parser.add_argument("files", type=Path, nargs="*", metavar="FILES", help="for --page")
     args = parser.parse_args()
+    if args.page:
+        args.page.write_text(page(args.files))
+        return
 
     model, params = ip.load(args.model)
     bits = args.bits or ([4, 3, 2] if args.all else [4])
@@ -65,7 +110,7 @@ def main() -> None:
     table = ip.ablate(model, params, rows, metrics=("ppl", "kl"), tokens=tokens, out=args.out, name=args.model)
     print(table)
     if args.json:
-        args.json.write_text(json.dumps(json.loads(table.to_json()), indent=1) + "\n")
+        args.json.write_text(json.dumps(as_json(table, args.model), indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -166,13 +166,21 @@ def generate(name: str = "smollm2-135m", repeats: int = 5) -> dict[str, Any]:
     stacks = {
         "int8": quantize(bits=8) | cache_kv(),
         "int4": quantize(bits=4) | cache_kv(),
+        "int8, inputs too": quantize(bits=8, activations=8) | cache_kv(),
+        "int4, inputs too": quantize(bits=4, activations=8) | cache_kv(),
         "int8 kv": cache_kv(bits=8),
         "speculative, int4 draft, k=4": cache_kv() | speculative(self_draft(quantize(bits=4)), k=4),
     }
     for label, stack in stacks.items():
         made = stack(model)
-        runs[f"decode {label}"] = decoding(made, made.convert(params), prompt, length, 32)
+        own = made.convert(params)
+        runs[f"decode {label}"] = decoding(made, own, prompt, length, 32)
         tokens[f"decode {label}"] = 32
+        if "inputs too" in label:
+            runs[f"prefill {label}"] = lambda made=made, own=own: timed(
+                lambda: prefilled(made, own, long, PREFILL).lengths
+            )
+            tokens[f"prefill {label}"] = PREFILL
 
     logits = jax.random.normal(jax.random.key(0), (1, 1, vocab)) * 3
     text = jnp.zeros((1, length), jnp.int32)
@@ -200,6 +208,11 @@ def generate(name: str = "smollm2-135m", repeats: int = 5) -> dict[str, Any]:
             "cached decode / faster yardstick": rate["decode cached"] / best["decode"],
             "prefill / faster yardstick": rate["prefill cached"] / best["prefill"],
             **{f"decode {label} / float32": rate[f"decode {label}"] / rate["decode cached"] for label in stacks},
+            **{
+                f"prefill {label} / float32": rate[f"prefill {label}"] / rate["prefill cached"]
+                for label in stacks
+                if f"prefill {label}" in rate
+            },
         },
         "sampling_share_of_a_step": {
             label: seconds[f"sample {label}"] / step for label in ("greedy", "top-k and top-p")
