@@ -146,7 +146,7 @@ def hadamard(width: int) -> Float64:
     return h / np.sqrt(width)
 
 
-def rounded_inputs(x: Float64, weight: Any) -> Float64:
+def rounded_inputs(x: Float64, weight: Any, expert: int = 0) -> Float64:
     """`x` `[..., I]` as a weight is multiplied by it: rounded to 8 bits a row, where its format says so."""
     if getattr(getattr(weight, "format", None), "activations", None) is None:
         return x
@@ -154,7 +154,7 @@ def rounded_inputs(x: Float64, weight: Any) -> Float64:
     rows = x.astype(np.float32)
     most = np.abs(rows).max(-1, keepdims=True)
     if weight.format.static:
-        most = np.full_like(most, np.asarray(weight.input).item())
+        most = np.full_like(most, np.asarray(weight.input).reshape(-1)[expert])
     some = most >= np.float32(2.0**-119)
     codes = np.rint(rows * (np.float32(127) / np.where(some, most, np.float32(1))))
     scale = np.where(some, most * np.float32(1 / 127), np.float32(0))
@@ -277,7 +277,7 @@ class Layer:
 
     def expert(self, x: Float64, name: str, e: int) -> Float64:
         name = f"mlp.experts.{name}"
-        return self[name][e] @ rounded_inputs(x, self.stored[name][e])
+        return self[name][e] @ rounded_inputs(x, self.stored[name], e)
 
     def linear(self, x: Float64, name: str) -> Float64:
         y = self.product(x, name)

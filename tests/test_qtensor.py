@@ -236,7 +236,7 @@ def test_a_width_that_no_group_divides_is_refused_with_a_way_out() -> None:
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda: Format("int5"), "int5"),
+        (lambda: Format("int7"), "int7"),
         (lambda: Format("int9"), "int8"),
         (lambda: Format("int8", 0), "0"),
         (lambda: Format("int4", 5), "whole bytes"),

@@ -176,8 +176,8 @@ def test_the_plot_has_a_panel_a_format(base: tuple[ip.Model, Any], how: dict[str
 
 
 WRONG: list[tuple[dict[str, Any], type[InfoptError], str]] = [
-    ({"format": "int5"}, InfoptError, "not a format"),
-    ({"bits": 5}, InfoptError, "not a format"),
+    ({"format": "int7"}, InfoptError, "not a format"),
+    ({"bits": 7}, InfoptError, "not a format"),
     ({"format": "q4_k"}, InfoptError, "nothing here rounds to"),
     ({"formats": []}, InfoptError, "are none"),
     ({"formats": [4, "int4"]}, InfoptError, "not all different"),

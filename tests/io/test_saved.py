@@ -550,7 +550,7 @@ DAMAGES: dict[str, tuple[Callable[[Path, Path], object], str]] = {
         spec(lambda x: x["weights"].append(["layers.0.mlp_norm", x["weights"][0][1]])),
         "packs a weight twice, or one that is no matrix",
     ),
-    "unknown packing": (spec(lambda x: x["weights"][0][1].update(name="int5")), "unknown weight format"),
+    "unknown packing": (spec(lambda x: x["weights"][0][1].update(name="int7")), "unknown weight format"),
     "group that divides not": (spec(lambda x: x["weights"][0][1].update(group=6)), "does not divide"),
     "scales of text": (spec(lambda x: x["weights"][0][1].update(scale="string")), "scales of an unknown type"),
     "a table's inputs": (

@@ -64,7 +64,7 @@ def test_the_scale_is_the_greatest_value_that_went_in_as_the_rounded_stack_then_
 
         def change(layer, found=found):
             found.update({layer.prefix + n: float(jnp.max(inputs.peak)) for n, inputs in layer.statistics.items()})
-            return {}
+            return {n: layer.p[n] for n in layer.names}
 
         by_layer(spec, source, ip.nearest(**HOW).windows(model), names, change)
     for name in names:

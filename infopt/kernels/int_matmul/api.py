@@ -93,6 +93,12 @@ def int_matmul(
             why="what suits this platform is no kernel of Pallas.",
             fix="implementation='pallas_tpu'",
         )
+    if form.static and weight.input is None:
+        raise InfoptError(
+            f"int_matmul: weights in {form}, and no scale of inputs.",
+            why="a method reads it off a text, and it is stored beside the codes (QTensor.input).",
+            fix="model.convert(params) of a stack with quantize(static=True, method=...)",
+        )
     static = of_layer(weight.input, index) if form.static else None
     call = Call(*rounded(x.reshape(-1, terms), static), weight, index, x.dtype)
     if implementation is not None:
