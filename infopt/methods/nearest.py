@@ -22,7 +22,7 @@ class Nearest(Method):
 
 
 def nearest(text: Any = None, tokens: int | None = None, length: int = 512) -> Nearest:
-    """Round to nearest, as without a method; the text is read where inputs are to have static scales.
+    """Round to nearest, and read a text: for static scales of inputs. Without those, leave the method out.
 
     Args:
       text, tokens, length: what is read, as for `gptq`.
