@@ -104,7 +104,8 @@ PACKINGS: tuple[Transform, ...] = (
 )
 """One of each other packing: floats, minima, zero points, scales of scales, words of three bytes, four to a byte;
 inputs rounded against groups; keys rotated, and by channel; attention by block; inputs turned as they come; rounded by
-methods that read, one of which scales channels. Stacked in full pairs with the examples over the first family."""
+methods that read, of which some scale channels and some learn. Stacked in full pairs with the examples over the first
+family."""
 
 _SIZES = dict(layers=3, dim=32, heads=4, kv_heads=2, head_dim=16, mlp=48, vocab=61, context=64, tied=False)
 _YARN = YarnRope(factor=4.0, original_context=16, beta_fast=2.0, attention_factor=1.1)

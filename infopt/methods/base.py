@@ -20,6 +20,7 @@ from infopt.methods.layers import Layer, by_layer, scannable
 from infopt.model import Model, Weights, check_length, shapes
 from infopt.qtensor import Format, QTensor, quantize_array
 from infopt.spec import Spec
+from infopt.typing import Array
 
 TOKENS = 16384
 """That are read by default, of a text that has as many."""
@@ -84,15 +85,18 @@ class Method(abc.ABC):
     ) -> dict[str, Any]:
         """The same, out of what was kept where it was computed before."""
         read = hashlib.sha256(b"".join(row.tobytes() for row in self.reads(model))).hexdigest()
-        kept = kept_for(f"{self!r} {read}", model.spec, weights, formats, clip, jax.default_backend())
         dynamic = {n: dataclasses.replace(f, static=False) for n, f in formats.items()}
+        kept = kept_for(f"{self!r} {read}", model.spec, weights, dynamic, clip, jax.default_backend())
         found = self.round(model, weights, dynamic, clip, kept)
-        if static := {n: f for n, f in formats.items() if f.static}:
-            found |= self._static(model, weights.made(list(found), found.__getitem__), static)
-        return found
+        static = {n: f for n, f in formats.items() if f.static}
+        inputs = {n: jax.ShapeDtypeStruct((*shapes(model.spec)[n][:-2], 1, 1), jnp.float32) for n in static}
+        if static and (scales := kept.get("static", inputs)) is None:
+            scales = self._static(model, weights.made(list(found), found.__getitem__), static)
+            kept.put("static", scales)
+        return found | {n: dataclasses.replace(found[n], format=f, input=scales[n]) for n, f in static.items()}
 
-    def _static(self, model: Model, weights: Weights, formats: Mapping[str, Format]) -> dict[str, Any]:
-        """The rounded matrices with one scale for all that goes into each."""
+    def _static(self, model: Model, weights: Weights, formats: Mapping[str, Format]) -> dict[str, Array]:
+        """Of each of these matrices, rounded by now, the greatest value that goes in."""
 
         def change(layer: Layer) -> dict[str, Any]:
             found = {}
@@ -103,7 +107,8 @@ class Method(abc.ABC):
                 found[n] = dataclasses.replace(layer.p[n], format=formats[layer.prefix + n], input=most)
             return found
 
-        return by_layer(model.spec, weights, self.windows(model), set(formats), change, what="static scales")
+        made = by_layer(model.spec, weights, self.windows(model), set(formats), change, what="static scales")
+        return {n: q.input for n, q in made.items()}
 
     def digest(self) -> str:
         """Of all texts that are read: with the repr, it says what was computed."""

@@ -173,7 +173,9 @@ def by_layer(
     Raises:
       InfoptError: the stack's family is one function.
     """
-    scannable(spec)
+    done = {} if kept is None else _done(kept, spec, names, like or {})
+    if done and None not in done.values():  # then no layer needs to be run
+        return {prefix + n: x for prefix, new in done.items() for n, x in (new or {}).items()}
     outside = {n for n in names if not n.startswith("layers.")}
     top = top_of(spec, weights)
     xs = embedded(spec, top, tokens, max(TOKENS // tokens.shape[1], 1))
@@ -181,17 +183,14 @@ def by_layer(
     found: dict[str, Any] = {}
 
     def turn(layer: Layer) -> dict[str, Any]:
-        shape, step = _within(layer.prefix, like or {}), layer.prefix.strip(".") or "head"
-        new = kept.get(step, shape) if kept else None
+        new = done.get(layer.prefix)
         if new is None:
             new = _marked(layer, dict(change(layer)))
             if kept:
-                kept.put(step, {n: new[n] for n in shape})
+                kept.put(_step(layer.prefix), {n: new[n] for n in _within(layer.prefix, like or {})})
         found.update({layer.prefix + n: x for n, x in new.items()})
         return new
 
-    if kept and (done := _all_kept(kept, spec, names, like or {})) is not None:
-        return done
     with bar(what, spec.config.layers) as show:
         for i in range(spec.config.layers):
             p = layer_of(spec, weights, i)
@@ -219,18 +218,16 @@ def _within(prefix: str, like: Mapping[str, Any]) -> dict[str, Any]:
     return {n.removeprefix(prefix): x for n, x in like.items() if n.startswith(prefix)}
 
 
-def _all_kept(kept: Kept, spec: Spec, names: set[str], like: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What all layers gave, if all of them were kept: then none needs to be run."""
-    prefixes = [f"layers.{i}." for i in range(spec.config.layers)] + [""]
-    found: dict[str, Any] = {}
-    for prefix in prefixes:
-        if not _within(prefix, dict.fromkeys(names)):
-            continue
-        new = kept.get(prefix.strip(".") or "head", _within(prefix, like))
-        if new is None:
-            return None
-        found |= {prefix + n: x for n, x in new.items()}
-    return found
+def _step(prefix: str) -> str:
+    """What a layer's result is kept as."""
+    return prefix.strip(".") or "head"
+
+
+def _done(kept: Kept, spec: Spec, names: set[str], like: Mapping[str, Any]) -> dict[str, dict[str, Any] | None]:
+    """What was kept of each layer that some of `names` belong to, by its prefix; None where nothing was."""
+    prefixes = [*(f"layers.{i}." for i in range(spec.config.layers)), ""]
+    mine = [prefix for prefix in prefixes if _within(prefix, dict.fromkeys(names))]
+    return {prefix: kept.get(_step(prefix), _within(prefix, like)) for prefix in mine}
 
 
 def _marked(layer: Layer, new: dict[str, Any]) -> dict[str, Any]:
@@ -281,15 +278,14 @@ def _taps(forward: Run) -> Callable[..., Any]:
 
 def _tapped(forward: Run, p: dict[str, Any], x: Array, names: tuple[str, ...], *, peaks: bool = False) -> Any:
     rounds = {n: ops.Straight(w) for n, w in p.items() if is_qtensor(w) and w.format.activations is not None}
-    p = p | rounds
+    own = p | rounds
 
     def total(taps: dict[str, tuple[Array, Array]]) -> Array:
-        tapped = {n: ops.Tapped(p[n], *tap, routed=tap[0].ndim > 2) for n, tap in taps.items()}
-        return jnp.sum(forward(p | tapped, x).astype(jnp.float32))
+        tapped = {n: ops.Tapped(own[n], *tap, routed=tap[0].ndim > 2) for n, tap in taps.items()}
+        return jnp.sum(forward(own | tapped, x).astype(jnp.float32))
 
     def zeros(w: Any) -> tuple[Array, Array]:
-        packed = w.weight if isinstance(w, ops.Straight) else w
-        lead, width = (packed.codes if is_qtensor(packed) else packed).shape[:-2], packed.shape[-1]
+        lead, width = (w.codes if is_qtensor(w) else w).shape[:-2], w.shape[-1]
         return jnp.zeros((*lead, width, width), jnp.float32), jnp.zeros((*lead, width), jnp.float32)
 
     found = {n: Inputs(*tap) for n, tap in jax.grad(total)({n: zeros(p[n]) for n in names}).items()}

@@ -163,19 +163,37 @@ def test_nothing_is_kept_of_a_family_of_ones_own(folder: Path, llama: tuple[ip.M
     assert not folder.exists()
 
 
-def test_where_all_layers_are_kept_none_is_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stack = ip.quantize(bits=4, group=16, where=["layers.*", "head"], method=gptq(**HOW))
-    model = ip.models.llama(layers=2, dim=32, heads=4, kv_heads=2, vocab=61, context=64, tied=False)
-    params = model.init(jax.random.key(0))
-    want, runs = stack(model).convert(params), list[int]()
-    own = layers.programs
+def counted_layers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one for each layer that is run from now on."""
+    runs, own = list[int](), layers.programs
 
     def programs(*args: Any) -> Any:
         runs.append(0)
         return own(*args)
 
     monkeypatch.setattr(layers, "programs", programs)
+    return runs
+
+
+def test_where_all_layers_are_kept_none_is_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stack = ip.quantize(bits=4, group=16, where=["layers.*", "head"], method=gptq(**HOW))
+    model = ip.models.llama(layers=2, dim=32, heads=4, kv_heads=2, vocab=61, context=64, tied=False)
+    params = model.init(jax.random.key(0))
+    want, runs = stack(model).convert(params), counted_layers(monkeypatch)
     assert same(stack(model).convert(params), want) and not runs
     (kept_in,) = folder.iterdir()
     (kept_in / "head").unlink()
     assert same(stack(model).convert(params), want) and len(runs) == 2
+
+
+def test_static_scales_are_kept_beside_what_dynamic_ones_share(
+    folder: Path, llama: tuple[ip.Model, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, params = llama
+    how = dict(bits=8, activations=8, method=gptq(**HOW))
+    static = ip.quantize(**how, static=True)(model)
+    ip.quantize(**how)(model).convert(params)
+    monkeypatch.setattr(GPTQ, "_one", None)  # GPTQ's own work is done
+    want, runs = static.convert(params), counted_layers(monkeypatch)
+    assert len([*folder.iterdir()]) == 1
+    assert same(static.convert(params), want) and not runs

@@ -107,6 +107,8 @@ def test_no_token_changes_another_ones_scale():
     x = jax.random.normal(jax.random.key(0), (4, 32))
     np.testing.assert_array_equal(ops.linear(x, w)[2], ops.linear(x[2:3], w)[0])
     assert not np.any(ops.linear(x * 0, w))
+    own = dataclasses.replace(w, format=dataclasses.replace(w.format, static=False), input=None)
+    assert np.any(ops.linear(x, w) != ops.linear(x, own))
 
 
 def test_bytes_files_audits_and_plans_know_the_scales(tmp_path):
@@ -149,6 +151,19 @@ def test_static_scales_lose_more_than_dynamic_ones_but_little():
 def test_what_cannot_be_static_is_refused(how, match):
     with pytest.raises(InfoptError, match=match):
         ip.quantize(**how)(testing.base_of("llama")[0])
+
+
+def test_an_expert_that_nothing_goes_into_has_no_scale():
+    model, params = testing.base_of("mixtral")
+    few = ip.nearest((5,) * 32 + (7,) * 32, tokens=32, length=32)
+    with pytest.raises(InfoptError, match=r"nothing but zeros went into layers\.0\.mlp\.experts"):
+        static(few)(model).convert(params, model)
+
+
+def test_a_weight_without_its_scale_is_refused():
+    w = quantize_array(jnp.ones((2, 32)), Format("int8", activations=8, static=True), 2)
+    with pytest.raises(InfoptError, match="no scale of inputs"):
+        int_matmul(jnp.ones((1, 32)), dataclasses.replace(w, input=None))
 
 
 def test_a_matrix_that_nothing_goes_into_has_no_scale():
