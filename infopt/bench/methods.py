@@ -78,6 +78,7 @@ def methods(
         rows = how.windows(stack.parent or model)
         timed(lambda rows=rows: forward(params, rows[0][None]))
         taken = [_pass(forward, params, rows) for _ in range(repeats)]
+        jax.clear_caches()  # of what earlier stacks compiled
         with _nothing_kept(), _most() as most:
             start = time.perf_counter()
             made = jax.block_until_ready(stack.convert(params, model))
