@@ -27,32 +27,38 @@ def line(name: str, kl: ip.Estimate, bits: float, more: str = "") -> str:
     return f"  {name:<22}{bits:>7.4f} bits   KL {kl.value:.4f} ({kl.low:.4f} to {kl.high:.4f}){more}"
 
 
-def compared(model: ip.Model, params: Any, budget: str, sensitivity: ip.Sensitivity, args: Any) -> dict[str, Any]:
+def compared(
+    model: ip.Model,
+    params: Any,
+    budget: str,
+    sensitivity: ip.Sensitivity,
+    read: ip.Windows,
+    held: ip.Windows,
+    segments: int,
+    draws: int,
+) -> dict[str, Any]:
     """One budget: the scores of all choices, and the differences of the first to the others."""
     weights = sum(sensitivity.weights)
     one = ip.quantize(**UNIFORM[budget])
     formats, known = one.formats(model.spec), ip.model.shapes(model.spec)
     bits = 8 * sum(form.bytes(known[name]) for name, form in formats.items()) / weights
-    found = ip.mixed(
-        model, params, bits, sensitivity=sensitivity, segments=args.segments, text=args.read, progress=False
-    )
-    cut = args.held
+    found = ip.mixed(model, params, bits, sensitivity=sensitivity, segments=segments, text=read, progress=False)
     stack = (one | ip.dequantize())(model)
-    uniform = ip.measure(stack, stack.convert(params, model), cut, (model, params))
-    scores = {"mixed": found.measure(model, params, cut), "uniform": uniform}
+    uniform = ip.measure(stack, stack.convert(params, model), held, (model, params))
+    scores = {"mixed": found.measure(model, params, held), "uniform": uniform}
+    less = ip.difference(scores["mixed"], uniform, "kl")
     print(f"\n{budget}: {one!r}; mixed: segments {found.segments}, predicted {found.predicted:.4f}, so on that text")
     print(f"{found.actual:.4f} ({found.error:+.0%})")
     print(line("mixed", scores["mixed"].kl, found.bits))
-    print(line("uniform", uniform.kl, bits, f", mixed less by {ip.difference(scores['mixed'], uniform, 'kl')}"))
-    best = None
-    for seed in range(args.random):
+    print(line("uniform", uniform.kl, bits, f", mixed less by {less}"))
+    drawn = [f"random {seed}" for seed in range(draws)]
+    for seed, name in enumerate(drawn):
         other = found.random(seed)
-        scores[name := f"random {seed}"] = other.measure(model, params, cut)
-        if best is None or scores[name].kl.value < scores[best].kl.value:
-            best = name
+        scores[name] = other.measure(model, params, held)
         print(line(name, scores[name].kl, other.bits), flush=True)
-    if best is not None:
-        print(f"  mixed against the best of them, {best}: {ip.difference(scores['mixed'], scores[best], 'kl')}")
+    best = min(drawn, key=lambda name: scores[name].kl.value)
+    less_than_best = ip.difference(scores["mixed"], scores[best], "kl")
+    print(f"  mixed against the best of them, {best}: {less_than_best}")
     return {
         "uniform": repr(one),
         "bits": bits,
@@ -60,8 +66,8 @@ def compared(model: ip.Model, params: Any, budget: str, sensitivity: ip.Sensitiv
         "predicted": found.predicted,
         "actual": found.actual,
         "kl": {name: vars(each.kl) for name, each in scores.items()},
-        "less than uniform by": vars(ip.difference(scores["mixed"], uniform, "kl")),
-        "less than the best random by": best and vars(ip.difference(scores["mixed"], scores[best], "kl")),
+        "less than uniform by": vars(less),
+        "less than the best random by": vars(less_than_best),
     }
 
 
@@ -76,7 +82,6 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512, help="of windows (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="a file for all of it")
     args = parser.parse_args()
-    args.random = 10 if args.all else 1
 
     model, params = ip.load(args.model)
     if args.rotate:
@@ -86,17 +91,18 @@ def main() -> None:
         ip.windows(ip.texts.topics(split), args.length, tokenizer=model.tokenizer)
         for split in ("calibration", "heldout")
     )
-    args.read = read.spread(args.tokens or (2048 if args.all else 1024))
-    args.held = held.spread(args.held or (10_240 if args.all else 2048))
+    read = read.spread(args.tokens or (2048 if args.all else 1024))
+    held = held.spread(args.held or (10_240 if args.all else 2048))
     start = time.perf_counter()
-    sensitivity = ip.sensitivity(model, params, formats=CHOICES, group=64, text=args.read)
+    sensitivity = ip.sensitivity(model, params, formats=CHOICES, group=64, text=read)
     print(f"{args.model}{', rotated' * args.rotate}: {len(sensitivity.names)} matrices in {len(CHOICES)} formats, on")
-    print(f"{sensitivity.tokens:,} tokens in {time.perf_counter() - start:.0f} s; KL on {args.held.scored:,} held out")
+    print(f"{sensitivity.tokens:,} tokens in {time.perf_counter() - start:.0f} s; KL on {held.scored:,} held out")
     budgets = list(UNIFORM) if args.all else list(UNIFORM)[:1]
-    found = {budget: compared(model, params, budget, sensitivity, args) for budget in budgets}
+    draws = 10 if args.all else 1
+    found = {b: compared(model, params, b, sensitivity, read, held, args.segments, draws) for b in budgets}
     if args.json:
         about = {"model": args.model, "rotated": args.rotate, "calibration tokens": sensitivity.tokens,
-                 "held-out tokens": args.held.scored, "held-out digest": args.held.digest}  # fmt: skip
+                 "held-out tokens": held.scored, "held-out digest": held.digest}  # fmt: skip
         args.json.write_text(json.dumps({"about": about, "budgets": found}, indent=1) + "\n")
 
 

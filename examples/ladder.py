@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import infopt as ip
+from infopt.ablation.table import markdown
 from infopt.model import is_matrix, shapes
 
 METHODS = {
@@ -66,11 +67,9 @@ def page(files: list[Path]) -> str:
         grids = list(dict.fromkeys(", ".join(name.split(", ", 2)[:2]) for name in cells))
         parts += [f"## {told['model']}\n", told["title"] + "\n"]
         for what, of in (("KL to the base, nats a token", kl_cell), ("Perplexity to the base", ppl_cell)):
-            parts += [f"{what}:\n", "| bits, group | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-            for grid in grids:
-                own = [cells.get(f"{grid}, {name}") for name in names]
-                parts.append(f"| {grid} | " + " | ".join("" if row is None else of(row) for row in own) + " |")
-            parts.append("")
+            own = [{n: of(cells[f"{grid}, {n}"]) if f"{grid}, {n}" in cells else "" for n in names} for grid in grids]
+            lines = markdown([{"bits, group": grid} | row for grid, row in zip(grids, own, strict=True)])
+            parts += [f"{what}:\n", *lines, ""]
     return "\n".join(parts)
 
 
