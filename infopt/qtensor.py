@@ -90,13 +90,12 @@ def _(primals: Any, tangents: Any) -> Any:
 def of_layer(w: Any, layer: Any) -> Any:
     """One layer of a stack; the weight itself where `layer` is None. A tuple indexes several axes, its Nones none."""
     index = tuple(i for i in (layer if isinstance(layer, tuple) else (layer,)) if i is not None)
+    return jax.tree.map(lambda leaf: _at(leaf, index), w) if index else w
 
-    def slice_(leaf: Array) -> Array:
-        rest = leaf.shape[len(index) :]
-        start = (*index, *(0 for _ in rest))
-        return jax.lax.dynamic_slice(leaf, start, (*(1 for _ in index), *rest)).reshape(rest)
 
-    return jax.tree.map(slice_, w) if index else w
+def _at(x: Array, index: tuple[Any, ...]) -> Array:
+    rest = x.shape[len(index) :]
+    return jax.lax.dynamic_slice(x, (*index, *(0 for _ in rest)), (*(1 for _ in index), *rest)).reshape(rest)
 
 
 def no_gradient(x: Any) -> Any:
@@ -434,23 +433,28 @@ def planes(q: QTensor) -> tuple[Array, ...]:
         return tuple(levels)
     n = len(codes)
     each = row.sub or group // n
-
-    def spread(x: Array) -> Array:  # one value a group, or a sub-group -> one a code
-        x = x.astype(jnp.float32)[..., None]
-        return jnp.broadcast_to(x, (*x.shape[:-1], each)).reshape(*x.shape[:-2], -1)
-
     if q.zero is not None:
-        levels = [level - spread(q.zero) for level in levels]
-    numbers = None if q.inner is None else _of_subgroups(q)
+        levels = [level - _spread(q.zero, each) for level in levels]
+    numbers = [None, None] if q.inner is None else _of_subgroups(q)
+    scales = _by_plane(_times(q.scale, q.outer), numbers[0], each, n)
+    values = tuple(level * scale for level, scale in zip(levels, scales))
+    if q.minimum is None:
+        return values
+    return tuple(v + low for v, low in zip(values, _by_plane(q.minimum, numbers[1], each, n)))
 
-    def by_plane(x: Array, i: int) -> list[Array]:
-        if numbers is None:
-            return [spread(x)] * n
-        products = jnp.split(x.astype(jnp.float32)[..., None] * numbers[i], n, -1)
-        return [spread(part.reshape(*x.shape[:-1], -1)) for part in products]
 
-    values = tuple(level * scale for level, scale in zip(levels, by_plane(_times(q.scale, q.outer), 0)))
-    return values if q.minimum is None else tuple(v + low for v, low in zip(values, by_plane(q.minimum, 1)))
+def _spread(x: Array, each: int) -> Array:
+    """One value a group, or a sub-group -> one a code."""
+    x = x.astype(jnp.float32)[..., None]
+    return jnp.broadcast_to(x, (*x.shape[:-1], each)).reshape(*x.shape[:-2], -1)
+
+
+def _by_plane(x: Array, of_subgroup: Array | None, each: int, n: int) -> list[Array]:
+    """Each plane's numbers, one a code, of the groups' and the sub-groups' own."""
+    if of_subgroup is None:
+        return [_spread(x, each)] * n
+    products = jnp.split(x.astype(jnp.float32)[..., None] * of_subgroup, n, -1)
+    return [_spread(part.reshape(*x.shape[:-1], -1), each) for part in products]
 
 
 def whole_planes(q: QTensor) -> tuple[tuple[Array, ...], Any]:
