@@ -492,6 +492,12 @@ def check_weight(name: str, x: Any, shape: tuple[int, ...], fmt: Format | None, 
             why="they are the params of another model or stack.",
             fix=fix,
         )
+    if fmt.static and x.input is None:
+        raise ParamsError(
+            f"{name} is {fmt} without the scale of its inputs.",
+            why="it was packed by hand, or went through something that knows no static scales.",
+            fix=fix,
+        )
 
 
 def check_params(spec: Spec, params: Params) -> None:
@@ -954,12 +960,17 @@ class Model:
     def base(self) -> Model:
         return self if self.parent is None else self.parent.base
 
+    def transforms(self, source: Model | None = None) -> Iterator[tuple[Transform, Model]]:
+        """What made it of the base, or of `source`, an ancestor: the last transform first, and what each was given."""
+        model = self
+        while model != source and model.parent is not None and model.transform is not None:
+            yield model.transform, model.parent
+            model = model.parent
+
     @property
     def exact(self) -> bool:
         """Whether every transform of the recipe gives what it was given, to float rounding."""
-        if self.transform is None or self.parent is None:
-            return self.restored_exact
-        return self.transform.exact and self.parent.exact
+        return self.base.restored_exact and all(transform.exact for transform, _ in self.transforms())
 
     def init(self, key: Array, **extra: Any) -> Params:
         """Random params: the base's, converted; `extra` as for `convert`."""
@@ -985,18 +996,15 @@ class Model:
         Raises:
           ParamsError: params are not the source's, the source is no ancestor, or an extra is missing or unknown.
         """
-        chain: list[Model] = []
-        model = self
-        while model.parent is not None and (source is None or model != source):
-            chain.append(model)
-            model = model.parent
+        steps = list(self.transforms(source))
+        model = steps[-1][1] if steps else self
         if source is not None and model != source:
             raise ParamsError(
                 f"{source.recipe} is no ancestor of {self.recipe}.",
                 why="only the transforms between a model and its descendant say how params change.",
                 fix="a model that this one was made from by transforms",
             )
-        wanted = {name for m in chain if m.transform is not None for name in m.transform.extras}
+        wanted = {name for transform, _ in steps for name in transform.extras}
         if set(extra) != wanted:
             raise ParamsError(
                 f"convert was given {sorted(extra) or 'no extra params'}, this stack needs {sorted(wanted) or 'none'}.",
@@ -1005,9 +1013,9 @@ class Model:
             )
         check_params(model.spec, params)
         weights = Weights.of(model.spec, params)
-        for m in reversed(chain):
-            assert m.parent is not None and m.transform is not None
-            weights = m.transform.params(weights, m.parent, m.spec, **{n: extra[n] for n in m.transform.extras})
+        after = [self.spec, *(before.spec for _, before in steps)]
+        for (transform, before), spec in reversed([*zip(steps, after)]):
+            weights = transform.params(weights, before, spec, **{n: extra[n] for n in transform.extras})
         return assemble(self.spec, weights, platform)
 
     def audit(self, params: Params) -> Audit:

@@ -190,7 +190,7 @@ def _made(model: Model, params: Params, stacks: Any) -> dict[str, Model]:
                 fix="another name",
             )
         if isinstance(stack, Model):
-            if not _is_made_of(stack, model):
+            if model not in (stack, *(before for _, before in stack.transforms())):
                 raise EvaluationError(
                     f"{name!r} is a stack of another model.",
                     why="a table compares stacks of one model with one set of params.",
@@ -212,30 +212,19 @@ def _made(model: Model, params: Params, stacks: Any) -> dict[str, Model]:
     return made
 
 
-def _is_made_of(stack: Model | None, model: Model) -> bool:
-    while stack is not None and stack != model:
-        stack = stack.parent
-    return stack is not None
-
-
 def _extras(stack: Model, model: Model) -> set[str]:
     """What `convert` wants besides params."""
-    found: set[str] = set()
-    while stack != model and stack.parent is not None and stack.transform is not None:
-        found |= set(stack.transform.extras)
-        stack = stack.parent
-    return found
+    return {name for transform, _ in stack.transforms(model) for name in transform.extras}
 
 
 def _check_apart(row: str, stack: Model, model: Model, cut: Windows) -> None:
     """Raise where a stack's transforms read of the text that it is to be measured on."""
-    while stack != model and stack.parent is not None and stack.transform is not None:
+    for transform, before in stack.transforms(model):
         try:
-            if read := stack.transform.reads(stack.parent):
+            if read := transform.reads(before):
                 check_disjoint(read, cut, min(32, *map(len, read)))
         except EvaluationError as error:
             raise EvaluationError(f"{row}: {error.what}", why=error.why, fix=error.fix) from error
-        stack = stack.parent
 
 
 def _cached(stack: Model) -> Model:

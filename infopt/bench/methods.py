@@ -6,9 +6,9 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import mmap
 import os
 import platform
-import resource
 import statistics
 import threading
 import time
@@ -94,11 +94,7 @@ def methods(
 
 
 def _method(text: str, stack: Model) -> Method:
-    found, at = list[Method](), stack
-    while at.parent is not None and at.transform is not None:
-        if isinstance(at.transform, Quantize) and at.transform.method is not None:
-            found.append(at.transform.method)
-        at = at.parent
+    found = [t.method for t, _ in stack.transforms() if isinstance(t, Quantize) and t.method is not None]
     if len(found) != 1:
         raise InfoptError(
             f"{text!r} has {len(found) or 'no'} methods.", why="one is timed at a time.", fix=f"{STACKS[0]!r}, say"
@@ -126,7 +122,7 @@ def _resident() -> int | None:
     """Bytes of memory that the process has now; where nobody tells, None."""
     try:
         with open("/proc/self/statm") as statm:
-            return int(statm.read().split()[1]) * resource.getpagesize()
+            return int(statm.read().split()[1]) * mmap.PAGESIZE
     except OSError:
         return None
 
