@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--segments", type=int, default=8, help="runs of layers, at most (default: %(default)s)")
     parser.add_argument("--tokens", type=int, help="of calibration text (default: 2048; a small part: 1024)")
     parser.add_argument("--held", type=int, help="tokens of held-out text (default: 10240; a small part: 2048)")
-    parser.add_argument("--length", type=int, default=512, help="of windows (default: %(default)s)")
+    parser.add_argument("--length", type=int, help="of windows (default: the context, at most 512)")
     parser.add_argument("--json", type=Path, help="a file for all of it")
     args = parser.parse_args()
 
@@ -87,9 +87,9 @@ def main() -> None:
     if args.rotate:
         made = ip.rotate()(model)
         model, params = made, made.convert(params, model)
+    length = args.length or min(512, model.spec.config.context)
     read, held = (
-        ip.windows(ip.texts.topics(split), args.length, tokenizer=model.tokenizer)
-        for split in ("calibration", "heldout")
+        ip.windows(ip.texts.topics(split), length, tokenizer=model.tokenizer) for split in ("calibration", "heldout")
     )
     read = read.spread(args.tokens or (2048 if args.all else 1024))
     held = held.spread(args.held or (10_240 if args.all else 2048))

@@ -527,6 +527,8 @@ def _ablate(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
+    if args.stack and args.what != "methods":
+        return _fail(f"--stack says which methods are timed, and not what of {args.what}; fix: leave it out")
     if args.what == "tpu":
         os.environ.setdefault("JAX_PLATFORMS", "cpu")  # or JAX would use libtpu, and find no TPU
     _prepare_jax(keep=False)  # compile seconds are of a first compilation

@@ -263,6 +263,10 @@ class Format:
                 why="the product is one of whole numbers, and its levels are none, or have further scales.",
                 fix=f"one of {', '.join(whole)}; or no activations",
             )
+        if not isinstance(self.static, bool):
+            raise InfoptError(
+                f"static={self.static!r}.", why="inputs have one scale for all tokens or not.", fix="static=True"
+            )
         if self.static and self.activations is None:
             raise InfoptError(
                 "static scales, and no activations.",

@@ -38,7 +38,8 @@ def to_qwix(q: QTensor) -> Any:
     """The `qwix.QArray` of the same shape and values: `qwix.dequantize` of it is `dequantize_array(q)`.
 
     Scales are widened to float32, since qwix computes in their type; packed codes become one a value. Whether inputs
-    are rounded (`Format.activations`) is no part of an array: qwix has it as `act_qtype` of a rule.
+    are rounded (`Format.activations`) is no part of an array: qwix has it as `act_qtype` of a rule; nor is a static
+    scale of theirs.
 
     Args:
       q: `[..., out, in]`. `.mT` of the result is the kernel `[in, out]` of a Flax layer.
@@ -109,7 +110,8 @@ def from_qwix(a: Any, format: Format | None = None) -> QTensor:
         qtype, scales and zero points say.
 
     Raises:
-      InfoptError: qwix is not installed, there is no such format here, or `format` would change a value.
+      InfoptError: qwix is not installed, there is no such format here, or `format` would change a value or has
+        static scales of inputs.
 
     >>> import infopt as ip, jax.numpy as jnp, qwix
     >>> kernel = jnp.linspace(-1, 1, 64).reshape(32, 2)  # [in, out]
@@ -153,6 +155,13 @@ def from_qwix(a: Any, format: Format | None = None) -> QTensor:
             why="the levels that its codes mean are none of the format's.",
             fix=f"a qtype of {', '.join(_OURS)}, zero points with int4 only; "
             "or quantize_array(qwix.dequantize(a), format), which rounds anew",
+        )
+    if format.static:
+        raise InfoptError(
+            "a QArray has no static scale of what goes in.",
+            why="that is of a rule in qwix, and here it is stored with the weight.",
+            fix="dataclasses.replace(q.format, static=False), then dataclasses.replace(found, format=q.format, "
+            "input=q.input)",
         )
     format.check_width(width, "the QArray")
     wanted = width // format.group_of(width)

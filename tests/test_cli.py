@@ -237,6 +237,11 @@ def test_misused_option_costs_one_line_and_exit_code_2(
     assert "--help" in err
 
 
+def test_stacks_are_of_no_other_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "generate", "--stack", "quantize(bits=8)"]) == 2
+    assert "fix: leave it out" in capsys.readouterr().err
+
+
 def test_prompt_that_is_no_text_is_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "prompt").write_bytes(b"caf\xe9")
     with open(tmp_path / "prompt", "rb") as stdin:

@@ -219,6 +219,8 @@ def test_a_format_that_would_change_a_value_is_refused() -> None:
         ip.from_qwix(a, Format("int4", 32, "float32"))
     with pytest.raises(InfoptError, match="does not divide"):
         ip.from_qwix(a, Format("int4", 24, "float32"))
+    with pytest.raises(InfoptError, match="no static scale"):
+        ip.from_qwix(a, Format("int4", 16, "float32", activations=8, static=True))
     uneven = dataclasses.replace(a, scale=a.scale[:, :3])
     with pytest.raises(InfoptError, match="not a whole one"):
         ip.from_qwix(uneven)

@@ -11,12 +11,12 @@ import pytest
 
 import infopt as ip
 from infopt import ops, testing
-from infopt.errors import InfoptError
+from infopt.errors import InfoptError, ParamsError
 from infopt.formats import Format
 from infopt.kernels.int_matmul import int_matmul
 from infopt.methods.layers import by_layer
 from infopt.model import Weights
-from infopt.qtensor import quantize_array
+from infopt.qtensor import is_qtensor, quantize_array
 
 READ = tuple(i * i * i % 61 for i in range(128))
 HOW = dict(text=READ, tokens=64, length=32)
@@ -151,6 +151,24 @@ def test_static_scales_lose_more_than_dynamic_ones_but_little():
 def test_what_cannot_be_static_is_refused(how, match):
     with pytest.raises(InfoptError, match=match):
         ip.quantize(**how)(testing.base_of("llama")[0])
+
+
+@pytest.mark.parametrize("method", [ip.nearest(), ip.distilled(start=ip.nearest())])
+def test_a_text_is_not_read_for_nothing(method):
+    with pytest.raises(InfoptError, match=r"(?s)for nothing.*fix: static=True"):
+        ip.quantize(bits=8, method=method)(testing.base_of("llama")[0])
+
+
+def test_a_format_is_static_or_not():
+    with pytest.raises(InfoptError, match="static=1"):
+        Format("int8", activations=8, static=1)  # type: ignore[arg-type]
+
+
+def test_params_without_the_scales_are_refused():
+    _, _, stack, own = made()
+    bare = jax.tree.map(lambda w: dataclasses.replace(w, input=None) if is_qtensor(w) else w, own, is_leaf=is_qtensor)
+    with pytest.raises(ParamsError, match="without the scale of its inputs"):
+        ip.generate(ip.cache_kv()(stack), bare, [1, 2], max_new=1)
 
 
 def test_an_expert_that_nothing_goes_into_has_no_scale():
