@@ -1,6 +1,7 @@
 """Strict numerics and cheap compilations for every test."""
 
 import contextlib
+import gc
 import hashlib
 import http.server
 import ipaddress
@@ -36,6 +37,7 @@ os.environ.setdefault("XLA_FLAGS", cheap_compilation())
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+gc.set_threshold(50_000)  # tracing makes many small objects, and to look for rings of them took a twentieth of the time
 
 
 MOST_MAPS, EACH = 20_000, 10

@@ -10,7 +10,7 @@ from infopt.errors import InfoptError
 
 pytestmark = pytest.mark.usefixtures("small_blocks")
 
-PAIRS, TRIPLES = 12, 6  # stacks sampled here for each family; all of them run in `infopt matrix --check`
+PAIRS, TRIPLES = 8, 4  # stacks sampled here for each family; all of them run in `infopt matrix --check`
 
 
 def stacks(family):
