@@ -142,13 +142,16 @@ class _Distillation:
         ends = [*range(part, how.steps, part), how.steps]
         with bar("distilled", how.steps + part * (len(how.rates) - 1)) as show:
             first = self._kl(zero)
-            tried = []
-            for i, rate in enumerate(how.rates):
-                begin = _State(zero, adam[rate].init(zero), first)
-                tried.append(self._steps(f"rate-{i}", begin, adam[rate], 0, ends[0]))
-                show(part * (i + 1), f"distilled, KL {float(first):.4f} to {float(tried[-1].kl):.4f}")
-            best = int(np.argmin([float(s.kl) for s in tried]))
-            state, rate, found, worse = tried[best], how.rates[best], (first, zero), 0
+
+            def begun(i: int) -> _State:
+                rate = how.rates[i]
+                state = _State(zero, adam[rate].init(zero), first)
+                state = self._steps(f"rate-{i}", state, adam[rate], 0, ends[0])
+                show(part * (i + 1), f"distilled, KL {float(first):.4f} to {float(state.kl):.4f}")
+                return state
+
+            best, state = min(enumerate(map(begun, range(len(how.rates)))), key=lambda each: float(each[1].kl))
+            rate, found, worse = how.rates[best], (first, zero), 0
             for begin, end in zip(ends, [*ends[1:], None]):
                 if not bool(jnp.isfinite(state.kl)):
                     warnings.warn(
@@ -286,29 +289,51 @@ def _trained(run: Run) -> tuple[Run, Callable[..., Any]]:
 @functools.lru_cache(maxsize=16)
 def _loss(spec: Spec, family: Family) -> tuple[Callable[..., Array], Callable[..., Any]]:
     """Mean over tokens of KL(what the model was || what it is); and the same with slopes of the head and its input."""
+    assert family.final is not None
+    final = functools.partial(family.final, spec.config)
 
     def words(hidden: Array, table: Any) -> Array:
         logits = ops.linear(hidden, table).astype(jnp.float32)
         return jax.nn.log_softmax(logits if family.logits is None else family.logits(spec.config, logits))
 
-    def loss(top: Any, head: Any, change: Any, x: Array, plain_head: Any, aim: Array) -> Array:
-        assert family.final is not None
+    def of_rows(change: Any, now: Array, head: Any, rows: tuple[Array, Array], plain_head: Any) -> Array:
+        aim, there = rows
         table = head if change is None else _dense({"head": head}, {"head": change})["head"]
+        was = words(aim, plain_head)
+        return jnp.sum(there * jnp.sum(jnp.exp(was) * (was - words(now, table)), -1))
 
-        @jax.checkpoint
-        def of_rows(pair: tuple[Array, Array]) -> Array:
-            was, now = words(pair[1], plain_head), words(pair[0], table)
-            return jnp.sum(jnp.exp(was) * (was - now), -1)
+    def in_parts(hidden: Array, aim: Array) -> tuple[Array, tuple[Array, Array]]:
+        """`ROWS` tokens at a time, and which of them are there."""
+        width = hidden.shape[-1]
+        count = hidden.size // width
+        rows = min(ROWS, count)
+        padded = [jnp.pad(x.reshape(count, -1), ((0, -count % rows), (0, 0))) for x in (hidden, aim, jnp.ones(count))]
+        now, aim, there = (x.reshape(-1, rows, x.shape[-1]) for x in padded)
+        return now, (aim, there[..., 0])
 
-        hidden = family.final(spec.config, top, x)
-        pairs = [y.reshape(-1, y.shape[-1]) for y in (hidden, aim)]
-        return jnp.mean(jax.lax.map(of_rows, (pairs[0], pairs[1]), batch_size=ROWS))
+    def loss(top: Any, head: Any, change: Any, x: Array, plain_head: Any, aim: Array) -> Array:
+        def add(total: Array, part: Any) -> tuple[Array, None]:
+            now, rows = part
+            return total + of_rows(change, now, head, rows, plain_head), None
+
+        hidden = final(top, x)
+        total, _ = jax.lax.scan(add, jnp.zeros((), jnp.float32), in_parts(hidden, aim))
+        return total / (aim.size // aim.shape[-1])
 
     def slopes(top: Any, head: Any, change: Any, x: Array, plain_head: Any, aim: Array) -> Any:
-        def of(change: Any, x: Array) -> Array:
-            return loss(top, head, change, x, plain_head, aim)
+        """Taken within the loop over parts: through it, the tables would be turned round, each a copy."""
 
-        return jax.value_and_grad(of, (0, 1))(change, x)
+        def add(totals: Any, part: Any) -> tuple[Any, Array]:
+            now, rows = part
+            own, (of_change, of_now) = jax.value_and_grad(of_rows, (0, 1))(change, now, head, rows, plain_head)
+            return jax.tree.map(jnp.add, totals, (own, of_change)), of_now
+
+        hidden, back = jax.vjp(functools.partial(final, top), x)
+        start = jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, change)
+        (total, of_change), of_now = jax.lax.scan(add, start, in_parts(hidden, aim))
+        count = aim.size // aim.shape[-1]
+        of_hidden = of_now.reshape(-1, of_now.shape[-1])[:count].reshape(hidden.shape) / count
+        return total / count, (jax.tree.map(lambda y: y / count, of_change), back(of_hidden)[0])
 
     return jax.jit(loss), jax.jit(slopes)
 
