@@ -296,41 +296,36 @@ def _loss(spec: Spec, family: Family) -> tuple[Callable[..., Array], Callable[..
         logits = ops.linear(hidden, table).astype(jnp.float32)
         return jax.nn.log_softmax(logits if family.logits is None else family.logits(spec.config, logits))
 
-    def of_rows(change: Any, now: Array, head: Any, rows: tuple[Array, Array], plain_head: Any) -> Array:
-        aim, there = rows
+    def of_rows(change: Any, now: Array, head: Any, aim: Array, plain_head: Any) -> Array:
         table = head if change is None else _dense({"head": head}, {"head": change})["head"]
         was = words(aim, plain_head)
-        return jnp.sum(there * jnp.sum(jnp.exp(was) * (was - words(now, table)), -1))
+        return jnp.sum(jnp.exp(was) * (was - words(now, table)))
 
-    def in_parts(hidden: Array, aim: Array) -> tuple[Array, tuple[Array, Array]]:
-        """`ROWS` tokens at a time, and which of them are there."""
-        width = hidden.shape[-1]
-        count = hidden.size // width
+    def in_parts(hidden: Array) -> Array:
+        """`ROWS` tokens at a time; the last part is filled up with zeros, for which all words are as likely in both."""
+        count = hidden.size // hidden.shape[-1]
         rows = min(ROWS, count)
-        padded = [jnp.pad(x.reshape(count, -1), ((0, -count % rows), (0, 0))) for x in (hidden, aim, jnp.ones(count))]
-        now, aim, there = (x.reshape(-1, rows, x.shape[-1]) for x in padded)
-        return now, (aim, there[..., 0])
+        padded = jnp.pad(hidden.reshape(count, -1), ((0, -count % rows), (0, 0)))
+        return padded.reshape(-1, rows, hidden.shape[-1])
 
     def loss(top: Any, head: Any, change: Any, x: Array, plain_head: Any, aim: Array) -> Array:
-        def add(total: Array, part: Any) -> tuple[Array, None]:
-            now, rows = part
-            return total + of_rows(change, now, head, rows, plain_head), None
+        def add(total: Array, part: tuple[Array, Array]) -> tuple[Array, None]:
+            return total + of_rows(change, part[0], head, part[1], plain_head), None
 
-        hidden = final(top, x)
-        total, _ = jax.lax.scan(add, jnp.zeros((), jnp.float32), in_parts(hidden, aim))
+        parts = in_parts(final(top, x)), in_parts(aim)
+        total, _ = jax.lax.scan(add, jnp.zeros((), jnp.float32), parts)
         return total / (aim.size // aim.shape[-1])
 
     def slopes(top: Any, head: Any, change: Any, x: Array, plain_head: Any, aim: Array) -> Any:
         """Taken within the loop over parts: through it, the tables would be turned round, each a copy."""
 
-        def add(totals: Any, part: Any) -> tuple[Any, Array]:
-            now, rows = part
-            own, (of_change, of_now) = jax.value_and_grad(of_rows, (0, 1))(change, now, head, rows, plain_head)
-            return jax.tree.map(jnp.add, totals, (own, of_change)), of_now
+        def add(totals: Any, part: tuple[Array, Array]) -> tuple[Any, Array]:
+            one, (of_change, of_now) = jax.value_and_grad(of_rows, (0, 1))(change, part[0], head, part[1], plain_head)
+            return jax.tree.map(jnp.add, totals, (one, of_change)), of_now
 
         hidden, back = jax.vjp(functools.partial(final, top), x)
         start = jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, change)
-        (total, of_change), of_now = jax.lax.scan(add, start, in_parts(hidden, aim))
+        (total, of_change), of_now = jax.lax.scan(add, start, (in_parts(hidden), in_parts(aim)))
         count = aim.size // aim.shape[-1]
         of_hidden = of_now.reshape(-1, of_now.shape[-1])[:count].reshape(hidden.shape) / count
         return total / count, (jax.tree.map(lambda y: y / count, of_change), back(of_hidden)[0])
