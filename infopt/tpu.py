@@ -37,9 +37,11 @@ from infopt.kernels.decode_attention import decode_attention
 from infopt.kernels.flash_attention import flash_attention as attention
 from infopt.kernels.flash_attention import pallas_tpu
 from infopt.kernels.flash_attention.options import Options, Places
+from infopt.kernels.int_matmul import int_matmul
 from infopt.model import Model
 from infopt.models import llama
 from infopt.planner import SIZES, abstract_params, abstract_state
+from infopt.qtensor import quantize_array
 from infopt.sampling import Sampling
 from infopt.spec import Window
 from infopt.transforms import cache_kv, flash_attention, paged, quantize
@@ -193,6 +195,19 @@ def decode_case(
     return Case(name, make)
 
 
+def product_case(name: str, rows: int, inputs: int, outputs: int, form: Format, **how: str) -> Case:
+    """Rows rounded to 8 bits, times one matrix of a stack of four."""
+
+    def make() -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        packed = jax.eval_shape(
+            lambda w: quantize_array(w, form, trailing=2), _shape(4, outputs, inputs, dtype=jnp.float32)
+        )
+        x = _shape(rows, inputs, dtype=jnp.bfloat16)
+        return lambda *args: int_matmul(*args, **how), (x, packed, _shape())
+
+    return Case(name, make)
+
+
 def step_case(name: str, model: Model, context: int, tokens: int | None = None, batch: int = 1, **options: Any) -> Case:
     """A whole step of a stack in bfloat16: `tokens` of a prompt, or where that is None, one round of decoding."""
 
@@ -234,6 +249,9 @@ def kernels() -> Iterator[Case]:
         yield decode_case(f"decode, ring of 4096, {kept}", 1, 32768, bits=bits, window=Window(4096, 4))
         yield decode_case(f"decode, 8k, pages of 16, {kept}", 1, 8192, bits=bits, page=16)
         yield decode_case(f"chunk of 128, 8k, {kept}", 128, 8192, bits=bits)
+    for rows in (1, 256):
+        name = f"product of {rows} x 4096 and 4096 x 14336, 8 bits"
+        yield product_case(name, rows, 4096, 14336, Format("int8"), implementation="pallas_tpu")
 
 
 def steps() -> Iterator[Case]:

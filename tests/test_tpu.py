@@ -26,8 +26,6 @@ from infopt import tpu
 from infopt.formats import Format
 from infopt.kernels.flash_attention import flash_attention, pallas_tpu
 from infopt.kernels.flash_attention.options import Options, Places
-from infopt.kernels.int_matmul import int_matmul
-from infopt.qtensor import quantize_array
 from infopt.spec import Window
 
 TABLE = Path(__file__).parents[1] / "docs" / "tpu.json"
@@ -42,24 +40,10 @@ KERNELS = [
     tpu.decode_case("pages, 4 bits", 1, 2048, bits=4, page=16, layers=2),
 ]
 FLASH = ip.transforms.flash_attention()
-
-
-def product_case(name: str, rows: int, inputs: int, outputs: int, form: Format, **how: str) -> tpu.Case:
-    """Rows rounded to 8 bits, times one matrix of a stack of four."""
-
-    def make() -> tuple:
-        w = jax.ShapeDtypeStruct((4, outputs, inputs), jnp.float32)
-        packed = jax.eval_shape(lambda w: quantize_array(w, form, trailing=2), w)
-        x = jax.ShapeDtypeStruct((rows, inputs), jnp.bfloat16)
-        return lambda *args: int_matmul(*args, **how), (x, packed, jax.ShapeDtypeStruct((), jnp.int32))
-
-    return tpu.Case(name, make)
-
-
 PRODUCTS = [
-    product_case("one row", 1, 576, 1536, Format("int8"), implementation="pallas_tpu"),
-    product_case("ragged", 300, 1000, 333, Format("int8"), implementation="pallas_tpu"),
-    product_case("a prompt of Llama 8B", 256, 4096, 14336, Format("int8"), implementation="pallas_tpu"),
+    tpu.product_case("one row", 1, 576, 1536, Format("int8"), implementation="pallas_tpu"),
+    tpu.product_case("ragged", 300, 1000, 333, Format("int8"), implementation="pallas_tpu"),
+    tpu.product_case("a prompt of Llama 8B", 256, 4096, 14336, Format("int8"), implementation="pallas_tpu"),
 ]
 SMALL = (FLASH | ip.cache_kv())(tpu.smollm2())
 STEPS = [tpu.step_case("decode", SMALL, 2048), tpu.step_case("prefill", SMALL, 2048, 128)]
@@ -120,7 +104,7 @@ def test_the_integer_product_is_the_default_and_copies_no_weights() -> None:
 
 @compiles
 def test_groups_go_through_xla() -> None:
-    found = tpu.row(product_case("", 64, 4096, 4096, Format("int4", 32, "float16")), "v5e")
+    found = tpu.row(tpu.product_case("", 64, 4096, 4096, Format("int4", 32, "float16")), "v5e")
     assert found["kernels"] == 0 and found["fits"]
 
 
