@@ -176,7 +176,7 @@ def generate(name: str = "smollm2-135m", repeats: int = 5) -> dict[str, Any]:
         own = made.convert(params)
         runs[f"decode {label}"] = decoding(made, own, prompt, length, 32)
         tokens[f"decode {label}"] = 32
-        if "inputs too" in label:
+        if any(form.activations for _, form in made.spec.weights):
             runs[f"prefill {label}"] = lambda made=made, own=own: timed(
                 lambda: prefilled(made, own, long, PREFILL).lengths
             )
