@@ -143,14 +143,14 @@ class _Distillation:
         with bar("distilled", how.steps + part * (len(how.rates) - 1)) as show:
             first = self._kl(zero)
 
-            def begun(i: int) -> _State:
+            def tried(i: int) -> _State:
                 rate = how.rates[i]
                 state = _State(zero, adam[rate].init(zero), first)
                 state = self._steps(f"rate-{i}", state, adam[rate], 0, ends[0])
                 show(part * (i + 1), f"distilled, KL {float(first):.4f} to {float(state.kl):.4f}")
                 return state
 
-            best, state = min(enumerate(map(begun, range(len(how.rates)))), key=lambda each: float(each[1].kl))
+            best, state = min(enumerate(map(tried, range(len(how.rates)))), key=lambda each: float(each[1].kl))
             rate, found, worse = how.rates[best], (first, zero), 0
             for begin, end in zip(ends, [*ends[1:], None]):
                 if not bool(jnp.isfinite(state.kl)):
