@@ -60,7 +60,7 @@ def as_json(table: ip.Table, model: str) -> dict[str, Any]:
 
 def page(files: list[Path]) -> str:
     """Markdown: for each model, bits and groups down, methods across."""
-    parts = ["# The ladder", "Printed by `python examples/ladder.py --page`; how, says its docstring.\n"]
+    parts = ["# The ladder\n", "Printed by `python examples/ladder.py --page`; how, says its docstring.\n"]
     for told in (json.loads(file.read_text()) for file in files):
         cells = {row["name"]: row for row in told["rows"]}
         names = list(dict.fromkeys(name.split(", ", 2)[2] for name in cells))
