@@ -35,7 +35,7 @@ class Learned:
     """A model rotated by `ip.rotate(0)`, and what a further rotation makes of its params."""
 
     def __init__(self, base: ip.Model, params: Any, how: Quantize) -> None:
-        self.base, self.base_params, self.how = base, params, how
+        self.base, self.base_params = base, params
         self.model = ip.rotate(0)(base)
         self.params = self.model.convert(params)
         self.spec, self.formats = self.model.spec, how.formats(self.model.spec)
