@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from infopt import bench, models, testing, texts, train
     from infopt.ablation import Table, ablate
     from infopt.audit import Audit
-    from infopt.budget import Mixed, Sensitivity, mixed, sensitivity
+    from infopt.budget import Fitted, Mixed, Sensitivity, fit_memory, mixed, sensitivity
     from infopt.cache import State, rollback
     from infopt.chat import Chat
     from infopt.errors import InfoptError, TransformOrderError
@@ -65,7 +65,7 @@ _MODULES = ("bench", "models", "testing", "texts", "train")
 _NAMES = {
     "ablation": ("Table", "ablate"),
     "audit": ("Audit",),
-    "budget": ("Mixed", "Sensitivity", "mixed", "sensitivity"),
+    "budget": ("Fitted", "Mixed", "Sensitivity", "fit_memory", "mixed", "sensitivity"),
     "cache": ("State", "rollback"),
     "chat": ("Chat",),
     "errors": ("InfoptError", "TransformOrderError"),

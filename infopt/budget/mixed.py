@@ -219,7 +219,7 @@ def mixed(
             why="what it says is compared with the truth of this one.",
             fix="the same model, text= and tokens= as it was measured with",
         )
-    found = Mixed(sensitivity, _chosen(sensitivity, budget, count, segments), float(budget), count)
+    found = Mixed(sensitivity, chosen(sensitivity, budget, count, segments), float(budget), count)
     forms = found.transform.formats(sensitivity.spec)
     (actual,) = divergences(model, params, [forms], cut, sensitivity.clip)
     return dataclasses.replace(found, actual=actual)
@@ -233,8 +233,17 @@ def _bits(s: Sensitivity, count: str) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(8 * x for x in row) for row in s.bytes) if count == "stored" else s.codes
 
 
-def _chosen(s: Sensitivity, budget: float, count: str, most: int) -> tuple[str, ...]:
-    """For each name a format."""
+def least_bytes(s: Sensitivity) -> int:
+    """With each matrix in its narrowest format."""
+    return sum(map(min, s.bytes))
+
+
+def chosen(s: Sensitivity, budget: float, count: str, most: int) -> tuple[str, ...]:
+    """For each name a format.
+
+    Raises:
+      InfoptError: a budget below what the formats can reach, or too few segments.
+    """
     of = np.array(_bits(s, count))
     weights = sum(s.weights)
     least = int(of.min(1).sum())
