@@ -7,8 +7,9 @@
 
 Grids are symmetric (int4, int3, int2: scale = extreme value / least level), blocks alone are rounded, and a group that
 does not divide a row is filled up; what that takes is counted. A run that was stopped goes on where it was: rows lie in
-the folder of --out, and what methods had computed in infopt's cache. Methods read the calibration split of CPython's
-topics, the table the held-out one.
+the folder of --out, and what methods had computed in infopt's cache. A table may be taken in parts: where the file for
+--json is there already, its other rows stay. Methods read the calibration split of CPython's topics, the table the
+held-out one.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ METHODS = {
     "gptq, distilled": "distilled(start=gptq())",
 }
 ROTATED = ("rounded", "gptq", "gptq, distilled")
+SIZES = {"plain": "", "rotated": ", rotated"}
 
 
 def stacks(model: ip.Model, bits: list[int], groups: list[int], methods: list[str]) -> dict[str, str]:
@@ -58,6 +60,22 @@ def as_json(table: ip.Table, model: str) -> dict[str, Any]:
     return {"model": model, "title": table.title, "rows": rows}
 
 
+def merged(told: dict[str, Any], file: Path) -> dict[str, Any]:
+    """With the rows that the file has of the same model, text and versions, in the ladder's order."""
+    before = json.loads(file.read_text()) if file.exists() else told
+    if before["title"] != told["title"]:
+        raise SystemExit(f"{file} is of {before['title']}, this run of {told['title']}: give --json another file.")
+    rows = {row["name"]: row for row in [*before["rows"], *told["rows"]]}
+    return told | {"rows": sorted(rows.values(), key=lambda row: place(row["name"]))}
+
+
+def place(name: str) -> tuple[int, int, bool, int]:
+    """Where a row stands: bits down, groups up, and of each the methods, plain and rotated."""
+    bits, group, method = name.split(", ", 2)
+    plain = method.removesuffix(", rotated")
+    return -int(bits.split()[0]), int(group), plain != method, [*METHODS].index(plain)
+
+
 def page(files: list[Path]) -> str:
     """Markdown: for each model, bits and groups down, methods across."""
     parts = ["# The ladder\n", "Printed by `python examples/ladder.py --page`; how, says its docstring.\n"]
@@ -70,7 +88,13 @@ def page(files: list[Path]) -> str:
             own = [{n: of(cells[f"{grid}, {n}"]) if f"{grid}, {n}" in cells else "" for n in names} for grid in grids]
             lines = markdown([{"bits, group": grid} | row for grid, row in zip(grids, own, strict=True)])
             parts += [f"{what}:\n", *lines, ""]
+        sizes = [{"bits, group": g} | {k: size(cells, f"{g}, rounded{r}") for k, r in SIZES.items()} for g in grids]
+        parts += ["Bytes a weight, all weights, scales and filling counted:\n", *markdown(sizes), ""]
     return "\n".join(parts)
+
+
+def size(cells: dict[str, Any], name: str) -> str:
+    return f"{cells[name]['bytes_a_weight']:.3f}" if name in cells else ""
 
 
 def kl_cell(row: dict[str, Any]) -> str:
@@ -109,7 +133,7 @@ def main() -> None:
     table = ip.ablate(model, params, rows, metrics=("ppl", "kl"), tokens=tokens, out=args.out, name=args.model)
     print(table)
     if args.json:
-        args.json.write_text(json.dumps(as_json(table, args.model), indent=1) + "\n")
+        args.json.write_text(json.dumps(merged(as_json(table, args.model), args.json), indent=1) + "\n")
 
 
 if __name__ == "__main__":

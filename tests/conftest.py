@@ -4,12 +4,14 @@ import contextlib
 import gc
 import hashlib
 import http.server
+import importlib.util
 import ipaddress
 import itertools
 import json
 import os
 import re
 import socket
+import sys
 import threading
 import urllib.parse
 from pathlib import Path
@@ -71,6 +73,22 @@ def no_network(monkeypatch):
 def own_families() -> frozenset[str]:
     """The library's families, without those that other tests define in this process."""
     return OWN_FAMILIES
+
+
+@pytest.fixture(scope="session")
+def example():
+    """Imports a file of examples/ by its name."""
+
+    def load(name):
+        path = Path(__file__).parents[1] / "examples" / f"{name}.py"
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec and spec.loader
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module  # dataclasses look their module up
+        spec.loader.exec_module(module)
+        return module
+
+    return load
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
 import json
 import math
 import sys
@@ -521,16 +520,7 @@ def test_what_has_no_likelihood_is_refused(context: Any, continuation: Any, erro
         ip.loglikelihood(BARE, PARAMS, context, continuation)
 
 
-def example(name: str) -> Any:
-    path = Path(__file__).parents[1] / "examples" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_harness_adapter_answers_what_lm_eval_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_harness_adapter_answers_what_lm_eval_asks(monkeypatch: pytest.MonkeyPatch, example: Any) -> None:
     class LM:
         def __init__(self) -> None:
             self.made = True

@@ -1,9 +1,6 @@
 """The contract as a user meets it: for a transform of their own, in a file of its own."""
 
 import dataclasses
-import importlib.util
-import sys
-from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -11,17 +8,10 @@ import pytest
 import infopt as ip
 from infopt import testing
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "own_transform.py"
-
 
 @pytest.fixture(scope="module")
-def shuffle():
-    spec = importlib.util.spec_from_file_location("own_transform", EXAMPLE)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["own_transform"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module.ShuffleNeurons
+def shuffle(example):
+    return example("own_transform").ShuffleNeurons
 
 
 def test_a_transform_of_ones_own_passes_the_contract(shuffle):
