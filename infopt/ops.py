@@ -49,8 +49,9 @@ class Tapped:
     """A weight that tells what goes in, by the gradients of a sum over what `linear` gives.
 
     The gradient for `gram` (zeros `[I, I]`, one an expert where the weight is) is sum(x x^T), that for `peak` (zeros
-    `[I]`) is max|x|. So statistics of inputs leave any program that calls `linear`, through scans too. Each weight is
-    multiplied by once. Of an expert only the tokens count whose result is used (`routed`).
+    `[I]`) is max|x|, infinite where an x is not finite. So statistics of inputs leave any program that calls `linear`,
+    through scans too. Each weight is multiplied by once. Of an expert only the tokens count whose result is used
+    (`routed`).
     """
 
     weight: Any
@@ -80,7 +81,8 @@ def _tap_backward(routed: bool, x: Array, dy: Array) -> tuple[Array, Array, Arra
     seen = jnp.where(jnp.any(dy != 0, -1, keepdims=True), x, jnp.zeros_like(x)) if routed else x
     seen = seen.astype(jnp.float32)
     gram = jnp.matmul(seen.T, seen, precision=jax.lax.Precision.HIGHEST)
-    return jnp.zeros_like(x), dy, gram, jnp.max(jnp.abs(seen), 0)
+    finite = jnp.all(jnp.isfinite(seen), 0)  # XLA's maximum over many values may pass NaN by
+    return jnp.zeros_like(x), dy, gram, jnp.where(finite, jnp.max(jnp.abs(seen), 0), jnp.inf)
 
 
 _tap.defvjp(_tap_forward, _tap_backward)

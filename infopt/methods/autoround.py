@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, final
 
@@ -99,13 +101,27 @@ class AutoRound(Method):
             return sum(float(error(layer.p | found, x, y)) for x, y in pairs)
 
         least, best = of(begun), begun
+        if not math.isfinite(least):
+            raise InfoptError(
+                f"{self!r}: what {layer.prefix.strip('.')} gives cannot be compared: its squares are not finite.",
+                why="a weight is NaN or infinite, or what it makes leaves what its type can hold.",
+                fix="model.audit(params), to see weights; another method",
+            )
         for step in range(1, self.steps + 1):
             at = np.random.default_rng((self.seed, step)).choice(len(xs), size, replace=False)
             now = jnp.asarray(rate * (1 - (step - 1) / self.steps), jnp.float32)
             free = update(layer.p, points, free, xs[at], ys[at], now)
             if step % part == 0 or step == self.steps:
                 found = {n: _stored(layer.p[n], points[n], free[n], formats[n]) for n in points}
-                if (error_now := of(found)) < least:  # which NaN is not
+                error_now = of(found)
+                if not math.isfinite(error_now):
+                    warnings.warn(
+                        f"{self!r} left what numbers can hold in {layer.prefix.strip('.')} before step {step}: the "
+                        "best state before it is kept; a smaller rate=... may go further",
+                        stacklevel=2,
+                    )
+                    break
+                if error_now < least:
                     least, best = error_now, found
         return best
 

@@ -70,6 +70,7 @@ class Layer:
             new = self.tapped(self.p, x, self.names)
             found = new if found is None else _joined(found, new)
         assert found is not None
+        self._check({n: each.peak for n, each in found.items()})
         return found
 
     @functools.cached_property
@@ -77,8 +78,18 @@ class Layer:
         """The same without Gram matrices, which are the work: the greatest |x| of each input, `[I]`."""
         if "statistics" in self.__dict__:
             return {n: found.peak for n, found in self.statistics.items()}
-        each = [self.tapped(self.p, x, self.names, peaks=True) for x in self.inputs]
-        return functools.reduce(_greater, each)
+        found = functools.reduce(_greater, [self.tapped(self.p, x, self.names, peaks=True) for x in self.inputs])
+        self._check(found)
+        return found
+
+    def _check(self, peaks: dict[str, Array]) -> None:
+        for n, peak in peaks.items():
+            if not bool(jnp.isfinite(peak).all()):
+                raise InfoptError(
+                    f"what goes into {self.prefix}{n} is not finite.",
+                    why="a weight before it is NaN or infinite, or what it makes leaves what its type can hold.",
+                    fix="model.audit(params), to see weights; params in float32, where float16 is too narrow",
+                )
 
 
 @jax.jit
@@ -171,7 +182,7 @@ def by_layer(
       What `change` gave, of all layers, by logical name.
 
     Raises:
-      InfoptError: the stack's family is one function.
+      InfoptError: the stack's family is one function, or what goes into a matrix is not finite.
     """
     done = {} if kept is None else _done(kept, spec, names, like or {})
     if done and None not in done.values():  # then no layer needs to be run

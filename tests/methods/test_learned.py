@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 import warnings
 from typing import Any
@@ -19,7 +20,7 @@ from infopt.methods.base import to_nearest
 from infopt.methods.distilled import _changed, _Distillation, _loss, _unchanged
 from infopt.methods.kept import Kept
 from infopt.methods.layers import Layer, by_layer
-from infopt.model import Weights, shapes
+from infopt.model import Weights, assemble, shapes
 from infopt.qtensor import Format, QTensor, dequantize_array
 
 HOW: dict[str, Any] = dict(tokens=2048, length=32)
@@ -171,6 +172,96 @@ def test_held_back_windows_choose_and_a_rate_that_tears_is_left(llama: tuple[ip.
         torn = ip.quantize(bits=3, group=16, method=ip.distilled(text, **HOW, batch=8, steps=12, rates=0.99))(model)
         kept = torn.convert(params)
     assert nats(torn, kept, (model, params), text[:512]) <= nats(torn, start, (model, params), text[:512]) * 1.05
+
+
+def test_what_is_judged_is_held_back_and_of_the_stack_as_it_then_is(
+    llama: tuple[ip.Model, Any], monkeypatch: Any
+) -> None:
+    model, params = llama
+    stack = ip.gqa(kv_heads=1)(model)
+    own, made = stack.convert(params), list[_Distillation]()
+    init = _Distillation.__init__
+    monkeypatch.setattr(_Distillation, "__init__", lambda self, *args: (init(self, *args), made.append(self))[0])
+    how = ip.distilled(ids(model), **HOW, batch=8, steps=6, rates=0.002)
+    rounded = ip.quantize(bits=3, group=16)(stack)
+    ip.quantize(bits=3, group=16, method=how)(stack).convert(own, stack)
+    (found,) = made
+    windows = how.windows(stack)
+    held = windows[-(len(windows) // 8) :]
+    np.testing.assert_array_equal(found.tokens, windows[: -len(held)])
+    zero = {n: _unchanged(q) for n, q in found.begun.items()}
+    cut = ip.windows([row.tolist() for row in held], held.shape[1])
+    wanted = ip.measure(rounded, rounded.convert(own, stack), cut, (stack, own)).kl.value
+    # the last token of a window says a next one, too, that no text scores
+    assert float(found._kl(zero)) == pytest.approx(wanted, rel=0.05)
+    other = float(found._kl(zero)) / nats(rounded, rounded.convert(own, stack), (model, params), held.reshape(-1))
+    assert abs(other - 1) > 0.2  # the base before gqa says something else
+
+
+def test_it_ends_where_held_back_windows_say_twice_that_it_is_worse(
+    llama: tuple[ip.Model, Any], monkeypatch: Any
+) -> None:
+    model, params = llama
+    steps, seen, says = list[int](), list[Any](), iter([1.0, 0.5, 0.6, 0.7])
+    slopes = _Distillation._slopes
+    monkeypatch.setattr(_Distillation, "_slopes", lambda self, *args: (steps.append(0), slopes(self, *args))[1])
+    monkeypatch.setattr(_Distillation, "_kl", lambda self, changes: (seen.append(changes), jnp.asarray(next(says)))[1])
+    how = ip.distilled(ids(model), **HOW, steps=12, rates=0.002)
+    found = ip.quantize(bits=3, group=16, method=how)(model).convert(params)
+    assert len(steps) == 6 and next(says, None) is None  # three parts of two steps, and no more
+    start = ip.quantize(bits=3, group=16)(model).convert(params)
+    for name, change in seen[1].items():  # the best state
+        layer, kind = int(name.split(".")[1]), name.split(".", 2)[2]
+        old, new = (p["segments"][0][0][kind].scale[layer] for p in (start, found))
+        wanted = (old.astype(jnp.float32) * (1 + change.scale)).astype(old.dtype)
+        np.testing.assert_array_equal(new, wanted.reshape(new.shape))
+
+
+def test_the_error_is_of_what_came_out_and_dead_inputs_stay_marked(llama: tuple[ip.Model, Any]) -> None:
+    model, params = llama
+    dead = Weights.of(model.spec, params).map(["layers.1.attn_norm"], lambda _, w: w.at[3].set(0.0))
+    own = assemble(model.spec, dead)
+    start = ip.gptq(ids(model), **HOW)
+    how = ip.distilled(ids(model), **HOW, start=start, batch=8, steps=6, rates=0.01)
+    stack = ip.quantize(bits=3, group=16, method=how)(model)
+    weights, before = Weights.of(stack.spec, stack.convert(own)), Weights.of(model.spec, own)
+    for name, _ in stack.spec.weights:
+        q, w = weights[name], np.asarray(before[name], np.float64)
+        off = np.linalg.norm(np.asarray(dequantize_array(q), np.float64) - w) / np.linalg.norm(w)
+        assert abs(float(q.error.reshape(()))) == pytest.approx(off, rel=1e-4), name
+    marked = {n for n, _ in stack.spec.weights if np.signbit(weights[n].error.reshape(()))}
+    assert {"layers.1.attn.q", "layers.1.attn.k", "layers.1.attn.v"} <= marked != {n for n, _ in stack.spec.weights}
+
+
+def test_learned_rounding_stops_where_numbers_end(llama: tuple[ip.Model, Any], monkeypatch: Any) -> None:
+    model, params = llama
+    module, calls = importlib.import_module("infopt.methods.autoround"), list[int]()
+    programs = module._programs
+
+    def broken(*args: Any) -> Any:
+        update, error = programs(*args)
+
+        def spoiled(*own: Any) -> Any:
+            calls.append(0)
+            found = update(*own)
+            return found if len(calls) % 100 < 8 else jax.tree.map(lambda x: x * jnp.nan, found)
+
+        return spoiled, error
+
+    def layers(*args: Any) -> Any:
+        calls.extend([0] * (-len(calls) % 100))  # each layer counts from 0
+        return broken(*args)
+
+    monkeypatch.setattr(module, "_programs", layers)
+    text = ids(model)
+    how = ip.autoround(text, **HOW, steps=20)
+    with pytest.warns(UserWarning, match="left what numbers can hold in layers.. before step 8"):
+        found = ip.quantize(bits=3, group=16, method=how)(model).convert(params)
+    assert len(calls) % 100 == 8  # of twenty
+    start = ip.quantize(bits=3, group=16)(model).convert(params)
+    one, other = layer_errors(model, params, how.windows(model), start, found)
+    assert sum(other) < sum(one)  # the first four steps were kept
+    assert all(bool(jnp.isfinite(x.astype(jnp.float32)).all()) for x in jax.tree.leaves(found))
 
 
 def test_numbers_that_are_none_stop_it_with_a_word(llama: tuple[ip.Model, Any], monkeypatch: Any) -> None:

@@ -117,6 +117,17 @@ def test_the_least_harm_of_all_exponents_is_chosen() -> None:
     assert 0 < least[0] < 0.8 * harms[0][0]
 
 
+def test_scale_1_is_among_what_is_tried() -> None:
+    """Channels that much goes through have the greatest weights already: scaled up more, they would harm the others."""
+    rng = np.random.default_rng(0)
+    size = np.exp(1.5 * rng.normal(size=32))
+    w = (rng.normal(size=(16, 32)) * size).astype(np.float32)
+    x = (rng.normal(size=(200, 32)) * size).astype(np.float32)
+    inputs = ip.methods.layers.Inputs(jnp.asarray(x.T @ x), jnp.abs(x).max(0))
+    place = Place({"a": jnp.asarray(w)}, {"a": inputs}, {"a": ip.Format("int3", 16, "float16")}, None, (1, 1), False)
+    np.testing.assert_allclose(AWQ(grid=10).factors(place), 1, rtol=1e-6)
+
+
 def test_smoothquant_is_the_papers_equation() -> None:
     model = ip.models.llama(layers=1, dim=32, heads=4, kv_heads=4, vocab=61, context=64)
     params = with_outliers(model, model.init(jax.random.key(0)))
