@@ -6,6 +6,7 @@ import abc
 import dataclasses
 import functools
 import hashlib
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, final
 
@@ -32,7 +33,7 @@ class Method(abc.ABC):
 
     Args:
       text: what the stack reads meanwhile: a text, or token ids; None is the calibration split of CPython's topics.
-      tokens: how many of its tokens are read, spread over it; None: 16,384, or all that it has.
+      tokens: how many of its tokens are read, in whole windows spread over it; None: 16,384, or all that it has.
       length: tokens that are read at a time.
     """
 
@@ -136,9 +137,16 @@ class Method(abc.ABC):
         """The tokens `[N, length]` that are read, equally spaced in the text.
 
         Raises:
-          InfoptError: the text is shorter than one window, holds tokens that the model has not, or lacks a tokenizer.
+          InfoptError: the text is a digest, it or `tokens` is less than one window, it holds tokens that the model has
+            not, or a tokenizer is lacking.
           PromptError: windows are longer than the model's context.
         """
+        if isinstance(self.text, str) and re.fullmatch("[0-9a-f]{12}", self.text):
+            raise InfoptError(
+                f"{self.name} was given {self.text!r} to read, the digest of a text.",
+                why="so a stack says which text it read; the text itself is not in it.",
+                fix=f"the text, or its token ids: ip.{self.name}(text)",
+            )
         check_length(model.spec, self.length, f"windows of {self.length} tokens to calibrate on", "a shorter length=")
         if isinstance(self.text, tuple):
             ids = np.asarray(self.text, np.int32)
@@ -151,6 +159,12 @@ class Method(abc.ABC):
         else:
             text = texts.topics("calibration") if self.text is None else self.text
             ids = np.asarray(model.tokenizer.encode(text), np.int32)
+        if self.tokens is not None and self.tokens < self.length:
+            raise InfoptError(
+                f"{self!r} reads less than a window.",
+                why=f"{self.tokens} tokens were asked for, and one window holds {self.length}.",
+                fix=f"length={self.tokens}, or more tokens=",
+            )
         if self.tokens is not None and len(ids) < self.tokens:
             raise InfoptError(
                 f"{self!r}: the text has {len(ids)} tokens.",

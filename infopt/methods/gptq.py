@@ -60,8 +60,10 @@ def gptq(
     algorithm 1; columns in the order of H's diagonal, and scales that are those of rounding to nearest.
 
     Args:
-      text: what the stack reads: a text, several, or token ids; None is `ip.texts.topics("calibration")`.
-      tokens: how many tokens of it, in windows spread over the text; by default 16,384, or all that it has.
+      text: what the stack reads: a text, several, or token ids, which must be of its own tokenizer (those beyond its
+        vocabulary are an error, others go unnoticed); None is `ip.texts.topics("calibration")`.
+      tokens: how many tokens of it, in whole windows spread over the text: what is left over is not read; by default
+        16,384, or all that it has.
       length: of a window.
       damp: this share of the mean of H's diagonal is added to the diagonal.
       order: columns with the greatest inputs first; otherwise from left to right.

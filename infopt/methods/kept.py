@@ -19,7 +19,7 @@ import numpy as np
 
 from infopt.errors import InfoptError
 from infopt.folders import cache_folder
-from infopt.model import Weights, family_of, shapes
+from infopt.model import Family, Weights, family_of, shapes
 from infopt.qtensor import Format
 from infopt.spec import Spec
 
@@ -84,8 +84,7 @@ def kept_for(
 
     `INFOPT_METHOD_CACHE=0` keeps nothing; nor is anything kept of a family that is not the library's own.
     """
-    own = family_of(spec).block
-    if os.environ.get("INFOPT_METHOD_CACHE") == "0" or own is None or not own.__module__.startswith("infopt."):
+    if os.environ.get("INFOPT_METHOD_CACHE") == "0" or not _of_the_library(family_of(spec)):
         return Kept(None)  # a family of the user's own may be another tomorrow, under the same name
     told = {
         "method": method,
@@ -107,6 +106,11 @@ def kept_for(
     return Kept(folder)
 
 
+def _of_the_library(family: Family) -> bool:
+    own = [f for f in (family.embed, family.block, family.final, family.logits) if f is not None]
+    return bool(own) and all(getattr(f, "__module__", "").startswith("infopt.") for f in own)
+
+
 @functools.cache
 def _source() -> str:
     """A hash of the code that a result depends on."""
@@ -121,7 +125,9 @@ def _source() -> str:
 
 def _make_room(root: Path) -> None:
     try:
-        folders = [(f.stat().st_mtime, sum(x.stat().st_size for x in f.iterdir()), f) for f in root.iterdir()]
+        folders = [
+            (f.stat().st_mtime, sum(x.stat().st_size for x in f.iterdir()), f) for f in root.iterdir() if f.is_dir()
+        ]
     except OSError:  # not there yet, or another process is about it
         return
     total = sum(size for _, size, _ in folders)

@@ -17,7 +17,7 @@ from infopt.errors import InfoptError
 from infopt.formats import FORMATS
 from infopt.methods.gptq import solved
 from infopt.methods.layers import Layer, by_layer
-from infopt.model import Weights
+from infopt.model import Weights, assemble
 from infopt.qtensor import Format, dequantize_array, quantize_array
 
 IDS = np.random.default_rng(0).integers(0, 61, 4096)
@@ -184,6 +184,8 @@ def test_memory_is_a_layers(llama: tuple[ip.Model, Any]) -> None:
 WRONG: dict[str, tuple[Any, str]] = {
     "short": (lambda: ip.gptq(IDS[:20], length=32), "the text has 20 tokens"),
     "too few": (lambda: ip.gptq(IDS[:200], tokens=201, length=32), "the text has 200 tokens"),
+    "less than a window": (lambda: ip.gptq(IDS, tokens=31, length=32), "reads less than a window"),
+    "a digest": (lambda: ip.gptq("0123456789ab", length=2), "the digest of a text"),
     "foreign": (lambda: ip.gptq(IDS + 7, length=32), "has a token 6"),
     "no tokenizer": (lambda: ip.gptq("some text", length=4), "no tokenizer"),
     "beyond the context": (lambda: ip.gptq(IDS, length=65), "windows of 65 tokens"),
@@ -210,6 +212,28 @@ def test_what_it_cannot_read_is_refused(method: Any, said: str, llama: tuple[ip.
 def test_arguments_that_are_none_are_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(InfoptError, match=said):
         ip.gptq(**options)
+
+
+FINITE: dict[str, dict[str, Any]] = {
+    "gptq": dict(bits=4, group=16, method=ip.gptq(**HOW)),
+    "awq": dict(bits=4, group=16, method=ip.awq(**HOW)),
+    "autoround": dict(bits=4, group=16, method=ip.autoround(**HOW, steps=2)),
+    "distilled": dict(bits=4, group=16, method=ip.distilled(**HOW, steps=2, rates=0.001)),
+    "smoothquant": dict(bits=8, activations=8, method=ip.smoothquant(**HOW)),
+    "static scales": dict(bits=8, activations=8, static=True, method=ip.nearest(**HOW)),
+}
+
+
+@pytest.mark.parametrize("how", FINITE.values(), ids=FINITE)
+@pytest.mark.parametrize("wrong", ["embed", "layers.1.mlp.up"])
+def test_inputs_that_are_not_finite_are_refused(how: Any, wrong: str, llama: tuple[ip.Model, Any]) -> None:
+    """They would compare as no worse than anything, and rounding to nearest would be what comes out."""
+    model, params = llama
+    value = jnp.nan if wrong == "embed" else 1e38
+    spoiled = Weights.of(model.spec, params).map([wrong], lambda _, w: w.at[3].set(value))
+    stack = ip.quantize(**how)(model)
+    with pytest.raises(InfoptError, match="not finite"):
+        stack.convert(assemble(model.spec, spoiled))
 
 
 def test_nothing_falls_back_in_silence(llama: tuple[ip.Model, Any]) -> None:

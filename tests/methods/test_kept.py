@@ -114,9 +114,11 @@ def test_a_damaged_step_is_computed_anew(folder: Path, llama: tuple[ip.Model, An
 def test_the_oldest_results_make_room(folder: Path, llama: tuple[ip.Model, Any], monkeypatch: Any) -> None:
     model, params = llama
     monkeypatch.setattr(kept, "MOST", 1)
+    folder.mkdir(parents=True)
+    (folder / "not a folder").touch()
     for damp in (0.01, 0.02, 0.03):
         ip.quantize(bits=4, group=16, method=gptq(**HOW, damp=damp))(model).convert(params)
-    assert len([*folder.iterdir()]) == 1
+    assert len([each for each in folder.iterdir() if each.is_dir()]) == 1
 
 
 def test_a_folder_that_cannot_be_written_is_named(
@@ -159,6 +161,10 @@ def test_nothing_is_kept_of_a_family_of_ones_own(folder: Path, llama: tuple[ip.M
 
     assert own.embed is not None and own.final is not None
     mine = ip.define("mine", own.config, init=own.init, embed=own.embed, block=block, final=own.final)
+    ip.quantize(bits=4, group=16, method=gptq(**HOW))(ip.Model.of(mine, model.spec.config)).convert(params)
+    mine = ip.define(
+        "mine", own.config, init=own.init, embed=lambda *a: own.embed(*a), block=own.block, final=own.final
+    )
     ip.quantize(bits=4, group=16, method=gptq(**HOW))(ip.Model.of(mine, model.spec.config)).convert(params)
     assert not folder.exists()
 
