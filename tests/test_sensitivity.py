@@ -336,6 +336,8 @@ def test_a_trained_model_gains_by_it() -> None:
     assert got.random(1) == others[1]
     kls = [other.measure(model, params, text).kl.value for other in others]
     assert got.actual < 0.9 * min(kls)
+    held = ip.windows(ip.texts.topics("heldout"), 512, tokenizer=model.tokenizer).spread(512)
+    assert got.measure(model, params, tokens=512).kl == got.measure(model, params, held).kl != got.actual
 
 
 def test_layers_and_what_lies_outside_can_be_chosen_for(base: tuple[ip.Model, Any]) -> None:
@@ -392,3 +394,5 @@ def test_wrong_budgets_are_refused(base: tuple[ip.Model, Any], found: ip.Sensiti
     other = dataclasses.replace(found, spec=ip.models.llama(layers=5, context=64).spec)
     with pytest.raises(EvaluationError, match="another model"):
         mixed(sensitivity=other)
+    with pytest.raises(EvaluationError, match="another model"):
+        mixed(sensitivity=ip.sensitivity(base[0], base[0].init(jax.random.key(1)), 4, where="*.q", text=cut()))

@@ -107,11 +107,12 @@ class Fitted:
 
         Args:
           model, params: what it was chosen for.
-          text, tokens: as for `sensitivity`; give the held-out text, `ip.texts.topics()`, to judge the choice.
+          text: as for `sensitivity`, but for the default: the held-out split of CPython's topics.
+          tokens: about how many are scored.
           method: what rounds weights.
         """
         stack = (self.quantize(method) | dequantize())(model)
-        cut = windows_of(model, text, tokens)
+        cut = windows_of(model, text, tokens, "heldout")
         return measure(stack, stack.convert(params, model), cut, (model, params))
 
     @property

@@ -11,9 +11,9 @@ import numpy as np
 
 from infopt.ablation.table import grid, markdown
 from infopt.budget.allocation import allocate
-from infopt.budget.alone import divergences, layer_of
+from infopt.budget.alone import divergences, layer_of, plain
 from infopt.budget.rules import rules_of
-from infopt.budget.sensitivity import TOKENS, Sensitivity, sensitivity, windows_of
+from infopt.budget.sensitivity import TOKENS, Sensitivity, digest_of, sensitivity, windows_of
 from infopt.errors import EvaluationError, InfoptError
 from infopt.evaluate import Scores, measure
 from infopt.methods import Method
@@ -105,10 +105,11 @@ class Mixed:
 
         Args:
           model, params: what the sensitivity was measured of.
-          text, tokens: as for `sensitivity`; give the held-out text, `ip.texts.topics()`, to judge the choice.
+          text: as for `sensitivity`, but for the default: the held-out split of CPython's topics.
+          tokens: about how many are scored.
           method: what rounds.
         """
-        cut = windows_of(model, text, tokens)
+        cut = windows_of(model, text, tokens, "heldout")
         stack = (self.quantize(method) | dequantize())(model)
         return measure(stack, stack.convert(params, model), cut, (model, params))
 
@@ -212,7 +213,7 @@ def mixed(
             why="the sensitivity says them.",
             fix="one or the other",
         )
-    elif (sensitivity.spec, sensitivity.windows) != (model.spec.replace(cache=False, page=None), cut.digest):
+    elif (sensitivity.spec, sensitivity.params, sensitivity.windows) != (plain(model), digest_of(params), cut.digest):
         other = "text" if sensitivity.windows != cut.digest else "model"
         raise EvaluationError(
             f"the sensitivity was measured on another {other}.",

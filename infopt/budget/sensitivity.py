@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
 
 from infopt import texts
 from infopt.ablation.table import grid, markdown
@@ -43,6 +47,7 @@ class Sensitivity:
       formats: names of formats.
       kl: for each name and format KL(base || the base with that alone rounded), nats a token.
       group, clip, pad: as `quantize` was given them.
+      params: the digest of the weights.
       windows: the digest of the text's windows.
       tokens: scored tokens.
     """
@@ -56,6 +61,7 @@ class Sensitivity:
     group: int | None
     clip: str | None
     pad: bool
+    params: str
     windows: str
     tokens: int
 
@@ -237,8 +243,28 @@ def sensitivity(
     found = divergences(model, params, choices, cut, clip, progress)
     kl = tuple(tuple(found[i : i + len(names)]) for i in range(0, len(found), len(names)))
     return Sensitivity(
-        spec, by, tuple(units), tuple(units.values()), names, kl, group, clip, pad, cut.digest, cut.scored
+        spec,
+        by,
+        tuple(units),
+        tuple(units.values()),
+        names,
+        kl,
+        group,
+        clip,
+        pad,
+        digest_of(params),
+        cut.digest,
+        cut.scored,
     )
+
+
+def digest_of(params: Params) -> str:
+    """A hash of all values, whatever holds them."""
+    found = hashlib.sha256()
+    for path, leaf in jax.tree.leaves_with_path(params):
+        found.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}".encode())
+        found.update(np.ascontiguousarray(leaf).view(np.uint8).data)
+    return found.hexdigest()[:12]
 
 
 def _formats(bits: Any, format: Any, formats: Any) -> tuple[str, ...]:
@@ -272,8 +298,8 @@ def _units(names: list[str], by: str) -> dict[str, tuple[str, ...]]:
     return {unit: tuple(own) for unit, own in found.items()}
 
 
-def windows_of(model: Model, text: Any, tokens: int) -> Windows:
-    """The windows to measure on: those of a text, or the ones given.
+def windows_of(model: Model, text: Any, tokens: int, split: str = "calibration") -> Windows:
+    """The windows to measure on: those of a text, or the ones given; by default a split of CPython's topics.
 
     Raises:
       EvaluationError: there is no text or too little, or the model cannot read it.
@@ -287,7 +313,7 @@ def windows_of(model: Model, text: Any, tokens: int) -> Windows:
                 why="the default text is English, and becomes token ids by the model's own tokenizer.",
                 fix="text=[...], token ids",
             )
-        text = texts.topics("calibration") if text is None else text
+        text = texts.topics(split) if text is None else text
         cut = windows(text, min(512, model.spec.config.context), tokenizer=model.tokenizer).spread(tokens)
     check_windows(cut, model)
     return cut
