@@ -148,9 +148,11 @@ def test_a_rounded_model_is_nearer_to_its_base(family: str) -> None:
     assert other < 0.9 * one
 
 
-def test_the_same_bytes_each_time(llama: tuple[ip.Model, Any]) -> None:
+@pytest.mark.parametrize("method", [ip.gptq, ip.awq, ip.smoothquant])
+def test_the_same_bytes_each_time(method: Any, llama: tuple[ip.Model, Any]) -> None:
     model, params = llama
-    stack = ip.quantize(bits=4, group=16, method=ip.gptq(**HOW))(model)
+    rounds = dict(bits=8, activations=8) if method is ip.smoothquant else dict(bits=4, group=16)
+    stack = ip.quantize(**rounds, method=method(**HOW))(model)  # type: ignore[arg-type]
     one, other = (jax.tree.leaves(stack.convert(params)) for _ in range(2))
     assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
 

@@ -456,3 +456,9 @@ def test_gradients_reach_the_modules_weights() -> None:
     want = own["blocks"][1]["up"]["kernel"][...]
     got = Weights.of(model.spec, grads)["layers.1.up"].T
     assert off(got, np.asarray(want)) < 1e-3
+
+
+def test_a_method_says_that_a_module_has_no_layers_to_run() -> None:
+    _, model, _ = made("gpt")
+    with pytest.raises(ip.InfoptError, match=r"(?s)cannot be run a layer at a time.*write its layers with ip.define"):
+        ip.quantize(bits=4, group=16, method=ip.gptq(list(range(VOCAB)) * 8, tokens=64, length=16))(model)
