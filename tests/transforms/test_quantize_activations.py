@@ -217,14 +217,19 @@ def test_statistics_go_through_matrices_that_round_their_inputs():
     by_layer(before.spec, weights_dense, tokens, names, change)
 
     c = before.spec.config
-    p = {n.removeprefix("layers.0."): w for n, w in weights_dense.items() if n.startswith("layers.0.")}
     at = jnp.broadcast_to(jnp.arange(16, dtype=jnp.int32)[None], tokens.shape)
     context = ops.Context(at, at >= 0, jnp.full(3, 16, jnp.int32), None, None)
     attend = functools.partial(ops.attend, context=context)
-    x = jnp.asarray(weights["embed"])[tokens]
-    x, _ = base.attention(c, p, x, None, attend, None, base.rope(c))
-    h = np.asarray(ops.rms_norm(x, p["mlp_norm"], None, c.norm_eps)).reshape(-1, 32)
-    np.testing.assert_allclose(found["layers.0.mlp.gate"], h.T @ h, rtol=1e-4, atol=1e-3)
+
+    def off(of):  # what is told, from the Gram matrix that these weights make
+        p = {n.removeprefix("layers.0."): of[n] for n in of if n.startswith("layers.0.")}
+        x = jnp.asarray(of["embed"])[tokens]
+        x, _ = base.attention(c, p, x, None, attend, None, base.rope(c))
+        h = np.asarray(ops.rms_norm(x, p["mlp_norm"], None, c.norm_eps)).reshape(-1, 32)
+        return np.linalg.norm(found["layers.0.mlp.gate"] - h.T @ h) / np.linalg.norm(h.T @ h)
+
+    # an input on the edge of two codes may get the other one in another program
+    assert off(weights_dense) < 1e-3 < 5e-3 < off(Weights.of(model.spec, params))
     assert all(np.trace(found[n]) > 0 for n in names)
 
 
