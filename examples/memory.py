@@ -50,8 +50,7 @@ def main() -> None:
     for way in found.ways:
         if way.weights is None:
             continue
-        stack = (way.beside | way.weights.transform | ip.dequantize())(model)
-        kl = ip.measure(stack, stack.convert(params, model), held, (model, params)).kl
+        kl = way.measure(model, params, held).kl
         chosen = ", chosen" if way is found.best else ""
         print(f"  {kl.value:.4f} ({kl.low:.4f} to {kl.high:.4f})  {way.beside!r}{chosen}", flush=True)
 

@@ -13,6 +13,7 @@ from infopt.budget.mixed import FORMATS, SEGMENTS, Mixed, chosen, least_bytes
 from infopt.budget.sensitivity import TOKENS, Sensitivity, sensitivity, windows_of
 from infopt.errors import InfoptError, human
 from infopt.evaluate import Scores, measure
+from infopt.generation import BUCKETS
 from infopt.methods import Method
 from infopt.model import Model, Weights, check_length
 from infopt.planner import abstract_state, nbytes
@@ -23,8 +24,6 @@ from infopt.typing import Params
 
 BESIDE = ("cache_kv()", "cache_kv(bits=8)", "cache_kv(bits=4, split=32)", "cache_kv(bits=4)")
 """What is tried beside formats of weights by default."""
-CHUNK = 128
-"""Tokens that a call of prefill takes: rings are sized by it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +55,26 @@ class Way:
     def predicted(self) -> float:
         """KL if what it costs alone, and each rounding alone, add up; infinite where it does not fit."""
         return math.inf if self.weights is None else self.kl + self.weights.predicted
+
+    def quantize(self, method: Method | str | None = None) -> Transform:
+        """All of it, weights rounded by a method."""
+        assert self.weights is not None
+        return self.beside | self.weights.quantize(method)
+
+    def measure(
+        self, model: Model, params: Params, text: Any = None, *, tokens: int = TOKENS, method: Method | None = None
+    ) -> Scores:
+        """Score a text by it, against the base, as `ip.measure` does.
+
+        Args:
+          model, params: what it was chosen for.
+          text: as for `sensitivity`, but for the default: the held-out split of CPython's topics.
+          tokens: about how many are scored.
+          method: what rounds weights.
+        """
+        stack = (self.quantize(method) | dequantize())(model)
+        cut = windows_of(model, text, tokens, "heldout")
+        return measure(stack, stack.convert(params, model), cut, (model, params))
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -93,7 +112,7 @@ class Fitted:
 
     def quantize(self, method: Method | str | None = None) -> Transform:
         """The best way, weights rounded by a method."""
-        return self.best.beside | self.weights.quantize(method)
+        return self.best.quantize(method)
 
     @property
     def error(self) -> float:
@@ -103,17 +122,8 @@ class Fitted:
     def measure(
         self, model: Model, params: Params, text: Any = None, *, tokens: int = TOKENS, method: Method | None = None
     ) -> Scores:
-        """Score a text by the best way, against the base, as `ip.measure` does.
-
-        Args:
-          model, params: what it was chosen for.
-          text: as for `sensitivity`, but for the default: the held-out split of CPython's topics.
-          tokens: about how many are scored.
-          method: what rounds weights.
-        """
-        stack = (self.quantize(method) | dequantize())(model)
-        cut = windows_of(model, text, tokens, "heldout")
-        return measure(stack, stack.convert(params, model), cut, (model, params))
+        """Score a text by the best way, as `Way.measure` does."""
+        return self.best.measure(model, params, text, tokens=tokens, method=method)
 
     @property
     def title(self) -> str:
@@ -198,7 +208,7 @@ def fit_memory(
         if kind not in measured:
             measured[kind] = sensitivity(stack, own, formats=formats, group=group, text=cut, progress=progress)
         s, weights = measured[kind], Weights.of(stack.spec, own)
-        cache = nbytes(abstract_state(stack.spec, 1, context, CHUNK).kv)
+        cache = nbytes(abstract_state(stack.spec, 1, context, max(BUCKETS)).kv)
         rest = nbytes(own) - sum(nbytes(weights[name]) for names in s.matrices for name in names)
         kl = measure(stack, own, cut, (model, params)).kl.value
         bits = math.nextafter(8 * (memory - cache - rest) / sum(s.weights), math.inf)  # its product is not less
