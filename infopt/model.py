@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -498,6 +499,14 @@ def check_weight(name: str, x: Any, shape: tuple[int, ...], fmt: Format | None, 
             why="it was packed by hand, or went through something that knows no static scales.",
             fix=fix,
         )
+
+
+def params_digest(params: Params) -> str:
+    """A hash of all values, in the order of their names: of one Spec it tells params apart."""
+    found = hashlib.sha256()
+    for leaf in jax.tree.leaves(params):
+        found.update(np.ascontiguousarray(leaf).tobytes())
+    return found.hexdigest()
 
 
 def check_params(spec: Spec, params: Params) -> None:

@@ -40,7 +40,7 @@ from infopt.kernels.decode_attention import xla
 from infopt.kernels.flash_attention import blockwise, portable
 from infopt.methods import autoround, awq, distilled, gptq, smoothquant
 from infopt.methods import nearest as nearest_method
-from infopt.model import Model, Weights, build
+from infopt.model import Model, Weights, build, params_digest
 from infopt.nnx import from_nnx
 from infopt.nnx.example import Transformer
 from infopt.reference import REFERENCES, reference
@@ -419,14 +419,6 @@ def base_of(family: str) -> tuple[Model, Params]:
     """A family's small model and its params: always the same."""
     model = FAMILIES[family]()
     return model, model.init(jax.random.key(3))
-
-
-def params_digest(params: Params) -> str:
-    """A hash of every array's bytes."""
-    h = hashlib.sha256()
-    for leaf in jax.tree.leaves(params):
-        h.update(np.ascontiguousarray(leaf).tobytes())
-    return h.hexdigest()[:12]
 
 
 def drop_programs() -> None:

@@ -24,7 +24,7 @@ import numpy as np
 import optax
 
 from infopt.errors import InfoptError, PromptError
-from infopt.model import Model, check_length, check_params, is_matrix, trainable
+from infopt.model import Model, check_length, check_params, is_matrix, params_digest, trainable
 from infopt.progress import bar
 from infopt.spec import oracle
 from infopt.typing import Array, Params
@@ -469,17 +469,10 @@ def _fingerprint(
     run = {
         "plan": dataclasses.asdict(plan),
         "spec": model.spec.to_json(),
-        "params": _digest(params),
+        "params": params_digest(params),
         "text": hashlib.sha256(text.tobytes()).hexdigest(),
     }
     if teacher and plan.mix:
-        return run | {"teacher": [teacher[0].spec.to_json(), _digest(teacher[1])]}
+        return run | {"teacher": [teacher[0].spec.to_json(), params_digest(teacher[1])]}
     del run["plan"]["mix"], run["plan"]["temperature"]  # as before there was any teacher
     return run
-
-
-def _digest(params: Params) -> str:
-    found = hashlib.sha256()
-    for leaf in jax.tree.leaves(params):
-        found.update(np.ascontiguousarray(leaf).tobytes())
-    return found.hexdigest()

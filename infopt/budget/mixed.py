@@ -13,11 +13,11 @@ from infopt.ablation.table import grid, markdown
 from infopt.budget.allocation import allocate
 from infopt.budget.alone import divergences, layer_of, plain
 from infopt.budget.rules import rules_of
-from infopt.budget.sensitivity import TOKENS, Sensitivity, digest_of, sensitivity, windows_of
+from infopt.budget.sensitivity import TOKENS, Sensitivity, sensitivity, windows_of
 from infopt.errors import EvaluationError, InfoptError
 from infopt.evaluate import Scores, measure
 from infopt.methods import Method
-from infopt.model import Model, segments
+from infopt.model import Model, params_digest, segments
 from infopt.transforms import dequantize, quantize
 from infopt.transforms.quantize import Quantize
 from infopt.typing import Params
@@ -213,7 +213,10 @@ def mixed(
             why="the sensitivity says them.",
             fix="one or the other",
         )
-    elif (sensitivity.spec, sensitivity.params, sensitivity.windows) != (plain(model), digest_of(params), cut.digest):
+    elif sensitivity.windows != cut.digest or (sensitivity.spec, sensitivity.params) != (
+        plain(model),
+        params_digest(params),
+    ):
         other = "text" if sensitivity.windows != cut.digest else "model"
         raise EvaluationError(
             f"the sensitivity was measured on another {other}.",

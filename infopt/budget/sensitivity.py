@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
-
-import jax
-import numpy as np
 
 from infopt import texts
 from infopt.ablation.table import grid, markdown
 from infopt.budget.alone import Choice, divergences, layer_of, plain
 from infopt.errors import EvaluationError, InfoptError, human, nearest
 from infopt.evaluate import Windows, check_windows, windows
-from infopt.model import Model, shapes, spec_from_json
+from infopt.model import Model, params_digest, shapes, spec_from_json
 from infopt.qtensor import Format
 from infopt.spec import Spec
 from infopt.transforms import quantize
@@ -252,19 +248,10 @@ def sensitivity(
         group,
         clip,
         pad,
-        digest_of(params),
+        params_digest(params),
         cut.digest,
         cut.scored,
     )
-
-
-def digest_of(params: Params) -> str:
-    """A hash of all values, whatever holds them."""
-    found = hashlib.sha256()
-    for path, leaf in jax.tree.leaves_with_path(params):
-        found.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}".encode())
-        found.update(np.ascontiguousarray(leaf).view(np.uint8).data)
-    return found.hexdigest()[:12]
 
 
 def _formats(bits: Any, format: Any, formats: Any) -> tuple[str, ...]:

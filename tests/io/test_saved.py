@@ -30,9 +30,9 @@ from infopt.io import saved
 from infopt.io.chat_template import ChatTemplate
 from infopt.io.tokenizer import Tokenizer
 from infopt.model import FAMILIES as DEFINED
-from infopt.model import stream_of
+from infopt.model import params_digest, stream_of
 from infopt.spec import Config
-from infopt.testing import EXAMPLES, FAMILIES, FULL, base_of, params_digest
+from infopt.testing import EXAMPLES, FAMILIES, FULL, base_of
 
 FIXTURE = Path(__file__).parents[1] / "fixtures"
 PROMPTS = [[5, 17, 2, 44, 9, 30, 8], [3, 3, 51]]
