@@ -106,6 +106,24 @@ def test_a_method_rounds_what_was_chosen(base: Base) -> None:
     assert "gptq" in repr(stack.recipe) and stack.spec.cache
 
 
+def test_only_what_fits_is_measured_by_matrix(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, own = list[int](), ip.Sensitivity.measured
+
+    def measured(self: ip.Sensitivity, *how: Any) -> ip.Sensitivity:
+        seen.append(sum(self.weights))
+        return own(self, *how)
+
+    monkeypatch.setattr(ip.Sensitivity, "measured", measured)
+    beside = ["gqa(kv_heads=1) | cache_kv()", "cache_kv()"]
+    least = min(way.least for way in fit(base, 10_000_000, beside).ways)
+    assert len(seen) == 2 and seen[0] < seen[1]
+    found = fit(base, least, beside)
+    assert len(seen) == 3 and [way.weights is None for way in found.ways] == [False, True]
+    with pytest.raises(InfoptError, match="hold no such model"):
+        fit(base, least - 1, beside)
+    assert len(seen) == 3
+
+
 def test_too_little_memory_and_wrong_ways_are_refused(base: Base) -> None:
     least = min(way.least for way in fit(base, 10_000_000).ways)
     assert fit(base, least).best.bytes == least

@@ -370,6 +370,22 @@ def test_a_method_rounds_what_was_chosen(base: tuple[ip.Model, Any], found: ip.S
     assert "gptq" in repr(stack.recipe)
 
 
+def test_what_cannot_be_met_is_refused_before_anything_is_measured(
+    base: tuple[ip.Model, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(*_: Any) -> Any:
+        raise AssertionError("minutes of a large model")
+
+    monkeypatch.setattr(ip.Sensitivity, "measured", measured)
+    with pytest.raises(InfoptError, match="cannot be met"):
+        ip.mixed(*base, 3, text=cut())
+    with pytest.raises(InfoptError, match="2 runs already"):
+        model = ip.sliding_window(16, layers=[0])(base[0])
+        ip.mixed(model, model.convert(base[1]), 6, segments=1, text=cut())
+    with pytest.raises(AssertionError):
+        ip.mixed(*base, 6, text=cut())
+
+
 def test_wrong_budgets_are_refused(base: tuple[ip.Model, Any], found: ip.Sensitivity) -> None:
     def mixed(budget: Any = 4.25, **how: Any) -> ip.Mixed:
         return ip.mixed(*base, budget, **{"sensitivity": found, "text": cut()} | how)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from infopt.ablation.table import grid, markdown
 from infopt.budget.alone import plain
 from infopt.budget.mixed import FORMATS, SEGMENTS, Mixed, chosen, least_bytes
-from infopt.budget.sensitivity import TOKENS, Sensitivity, sensitivity, windows_of
+from infopt.budget.sensitivity import TOKENS, Sensitivity, outlined, windows_of
 from infopt.errors import InfoptError, human
 from infopt.evaluate import Scores, measure
 from infopt.generation import BUCKETS
@@ -156,6 +156,18 @@ class Fitted:
         return "\n\n".join([self.title, "\n".join(markdown(self._cells()))]) + "\n"
 
 
+class _Parts(NamedTuple):
+    """A way's own stack and weights, and bytes."""
+
+    beside: Transform
+    stack: Model
+    params: Params
+    kind: Spec
+    cache: int
+    rest: int
+    least: int
+
+
 def fit_memory(
     model: Model,
     params: Params,
@@ -202,27 +214,35 @@ def fit_memory(
     stacks = [_stack(model, each) for each in ([beside] if isinstance(beside, str | Transform) else beside)]
     if not stacks:
         raise InfoptError("nothing was given beside weights.", why="one way is chosen.", fix=f"beside={BESIDE[:1]!r}")
-    cut, measured, ways = windows_of(model, text, tokens), dict[Spec, Sensitivity](), list[Way]()
+    cut, outlines, parts = windows_of(model, text, tokens), dict[Spec, Sensitivity](), list[_Parts]()
     for transform, stack in stacks:
         own, kind = stack.convert(params, model), plain(stack).replace(kv=None)
-        if kind not in measured:
-            measured[kind] = sensitivity(stack, own, formats=formats, group=group, text=cut, progress=progress)
-        s, weights = measured[kind], Weights.of(stack.spec, own)
+        if kind not in outlines:
+            outlines[kind] = outlined(stack, own, formats, cut, group)
+        s, weights = outlines[kind], Weights.of(stack.spec, own)
         cache = nbytes(abstract_state(stack.spec, 1, context, max(BUCKETS)).kv)
         rest = nbytes(own) - sum(nbytes(weights[name]) for names in s.matrices for name in names)
-        kl = measure(stack, own, cut, (model, params)).kl.value
-        bits = math.nextafter(8 * (memory - cache - rest) / sum(s.weights), math.inf)  # its product is not less
-        least = cache + rest + least_bytes(s)
-        rounded = Mixed(s, chosen(s, bits, "stored", segments), bits, "stored") if least <= memory else None
-        ways.append(Way(transform, cache, rest, least, kl, rounded))
-    if all(way.weights is None for way in ways):
-        way = min(ways, key=lambda way: way.least)
+        parts.append(_Parts(transform, stack, own, kind, cache, rest, cache + rest + least_bytes(s)))
+    if all(part.least > memory for part in parts):
+        part = min(parts, key=lambda part: part.least)
         raise InfoptError(
             f"{human(memory)} hold no such model at {context:,} tokens.",
-            why=f"the least, with {way.beside!r}, takes {human(way.least)}: {human(way.cache)} of them keys and values"
-            f", {human(way.rest)} weights that keep their values.",
+            why=f"the least, with {part.beside!r}, takes {human(part.least)}: {human(part.cache)} of them keys and "
+            f"values, {human(part.rest)} weights that keep their values.",
             fix="more memory, a shorter context, narrower formats, or other things beside",
         )
+    measured, ways = dict[Spec, Sensitivity](), list[Way]()
+    for part in parts:
+        rounded = None
+        if part.least <= memory:
+            if part.kind not in measured:
+                measured[part.kind] = outlines[part.kind].measured(part.stack, part.params, cut, progress)
+            s = measured[part.kind]
+            left = 8 * (memory - part.cache - part.rest)
+            bits = math.nextafter(left / sum(s.weights), math.inf)  # its product is not less
+            rounded = Mixed(s, chosen(s, bits, "stored", segments), bits, "stored")
+        kl = measure(part.stack, part.params, cut, (model, params)).kl.value
+        ways.append(Way(part.beside, part.cache, part.rest, part.least, kl, rounded))
     found = Fitted(tuple(ways), memory, context)
     return dataclasses.replace(found, actual=found.measure(model, params, cut).kl.value)
 

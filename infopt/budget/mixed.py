@@ -13,7 +13,7 @@ from infopt.ablation.table import grid, markdown
 from infopt.budget.allocation import allocate
 from infopt.budget.alone import divergences, layer_of, plain
 from infopt.budget.rules import rules_of
-from infopt.budget.sensitivity import TOKENS, Sensitivity, sensitivity, windows_of
+from infopt.budget.sensitivity import TOKENS, Sensitivity, outlined, windows_of
 from infopt.errors import EvaluationError, InfoptError
 from infopt.evaluate import Scores, measure
 from infopt.methods import Method
@@ -206,7 +206,9 @@ def mixed(
         raise InfoptError(f"mixed(budget={budget!r}).", why="it is a number of bits a weight.", fix="budget=4.25, say")
     cut = windows_of(model, text, tokens)
     if sensitivity is None:
-        sensitivity = _measured(model, params, FORMATS if formats is None else formats, group, cut, progress)
+        outline = outlined(model, params, FORMATS if formats is None else formats, cut, group)
+        check_reach(outline, budget, count, segments)
+        sensitivity = outline.measured(model, params, cut, progress)
     elif formats is not None or group is not None:
         raise InfoptError(
             "mixed was given formats or a group, and a sensitivity.",
@@ -229,10 +231,6 @@ def mixed(
     return dataclasses.replace(found, actual=actual)
 
 
-def _measured(model: Model, params: Params, formats: Any, group: int | None, cut: Any, progress: bool) -> Sensitivity:
-    return sensitivity(model, params, formats=formats, group=group, text=cut, progress=progress)
-
-
 def _bits(s: Sensitivity, count: str) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(8 * x for x in row) for row in s.bytes) if count == "stored" else s.codes
 
@@ -246,11 +244,26 @@ def chosen(s: Sensitivity, budget: float, count: str, most: int) -> tuple[str, .
     """For each name a format.
 
     Raises:
+      InfoptError: as `check_reach`.
+    """
+    check_reach(s, budget, count, most)
+    places, groups = _places(s)
+    keys = sorted({key for _, key in places})
+    at = [(block, keys.index(key)) for block, key in places]
+    kl, bits = (np.zeros((len(groups), len(keys), len(s.formats))) for _ in range(2))
+    for (block, key), one, other in zip(at, s.kl, _bits(s, count), strict=True):
+        kl[block, key], bits[block, key] = one, other
+    choice = allocate(kl, bits, groups, budget * sum(s.weights), most + _outside(s))
+    return tuple(s.formats[choice[place]] for place in at)
+
+
+def check_reach(s: Sensitivity, budget: float, count: str, most: int) -> None:
+    """That some choice is within a budget, for which no KL is needed.
+
+    Raises:
       InfoptError: a budget below what the formats can reach, or too few segments.
     """
-    of = np.array(_bits(s, count))
-    weights = sum(s.weights)
-    least = int(of.min(1).sum())
+    weights, least = sum(s.weights), sum(map(min, _bits(s, count)))
     if least > budget * weights:
         raise InfoptError(
             f"a budget of {budget:g} bits a weight cannot be met.",
@@ -258,22 +271,19 @@ def chosen(s: Sensitivity, budget: float, count: str, most: int) -> tuple[str, .
             + (", its scales included." if count == "stored" else "."),
             fix='a greater budget, narrower formats or a wider group; or count="codes", to leave scales out',
         )
-    places, groups = _places(s)
-    outside = sum(layer_of(own[0]) < 0 for own in s.matrices)
-    least_runs = 1 + int((groups[1:] != groups[:-1]).sum()) - outside
+    _, groups = _places(s)
+    least_runs = 1 + int((groups[1:] != groups[:-1]).sum()) - _outside(s)
     if most < least_runs:
         raise InfoptError(
             f"mixed(segments={most}): the layers are {least_runs} runs already.",
             why="they differ in their windows, or in which of their matrices are chosen for.",
             fix=f"segments >= {least_runs}",
         )
-    keys = sorted({key for _, key in places})
-    at = [(block, keys.index(key)) for block, key in places]
-    kl, bits = (np.zeros((len(groups), len(keys), len(s.formats))) for _ in range(2))
-    for (block, key), one, other in zip(at, s.kl, of):
-        kl[block, key], bits[block, key] = one, other
-    choice = allocate(kl, bits, groups, budget * weights, most + outside)
-    return tuple(s.formats[choice[place]] for place in at)
+
+
+def _outside(s: Sensitivity) -> int:
+    """How many names are outside the layers."""
+    return sum(layer_of(own[0]) < 0 for own in s.matrices)
 
 
 def _places(s: Sensitivity) -> tuple[list[tuple[int, str]], np.ndarray]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from infopt import texts
 from infopt.ablation.table import grid, markdown
-from infopt.budget.alone import Choice, divergences, layer_of, plain
+from infopt.budget.alone import divergences, layer_of, plain
 from infopt.errors import EvaluationError, InfoptError, human, nearest
 from infopt.evaluate import Windows, check_windows, windows
 from infopt.model import Model, params_digest, shapes, spec_from_json
@@ -78,13 +78,18 @@ class Sensitivity:
         return tuple(sum(math.prod(of[m]) for m in own) for own in self.matrices)
 
     def _counted(self, count: Callable[[Format, tuple[int, ...]], int]) -> tuple[tuple[int, ...], ...]:
-        of, forms = shapes(self.spec), [self._rounding(name).rules[0].format for name in self.formats]
-        return tuple(
-            tuple(sum(count(form, of[m]) for m in own) for form in forms if form is not None) for own in self.matrices
-        )
+        of = shapes(self.spec)
+        return tuple(tuple(sum(count(form, of[m]) for m in own) for form in self._forms()) for own in self.matrices)
 
-    def _rounding(self, form: str) -> Any:
-        return quantize(format=form, group=self.group, clip=self.clip, pad=self.pad)
+    def _forms(self) -> list[Format]:
+        found = [quantize(format=n, group=self.group, clip=self.clip, pad=self.pad).rules[0] for n in self.formats]
+        return [rule.format for rule in found if rule.format is not None]
+
+    def measured(self, model: Model, params: Params, cut: Windows, progress: bool = False) -> Sensitivity:
+        """The same with KL, of the model and windows that it is of."""
+        choices = [dict.fromkeys(own, form) for own in self.matrices for form in self._forms()]
+        found, step = divergences(model, params, choices, cut, self.clip, progress), len(self.formats)
+        return dataclasses.replace(self, kl=tuple(tuple(found[i : i + step]) for i in range(0, len(found), step)))
 
     def __getitem__(self, name: str) -> dict[str, float]:
         """A name's KL, by format."""
@@ -223,38 +228,43 @@ def sensitivity(
     >>> all(0 < row["int8"] < row["int4"] for row in map(found.__getitem__, found.names))
     True
     """
-    names = _formats(bits, format, formats)
+    cut = windows_of(model, text, tokens)
+    found = outlined(model, params, _formats(bits, format, formats), cut, group, clip, pad, where, by)
+    return found.measured(model, params, cut, progress)
+
+
+def outlined(
+    model: Model,
+    params: Params,
+    formats: Sequence[int | str] | str,
+    cut: Windows,
+    group: int | None = None,
+    clip: str | None = None,
+    pad: bool = False,
+    where: str | Sequence[str] | None = None,
+    by: str = "matrix",
+) -> Sensitivity:
+    """All of a sensitivity but its KL: what there is to choose from, and its bytes.
+
+    Raises:
+      InfoptError, TransformOrderError: as `sensitivity`.
+    """
     if by not in BY:
         raise InfoptError(
             f"sensitivity(by={by!r}).", why="one thing is rounded at a time.", fix='by="matrix" or "layer"'
         )
-    spec, forms = plain(model), dict[str, Choice]()
+    spec, names, own = plain(model), _formats(formats=formats), list[str]()
     for name in names:
         rounding = quantize(format=name, group=group, where=where, clip=clip, pad=pad)
         rounding.check(model.spec)
-        forms[name] = rounding.formats(spec)
-    units = _units(list(forms[names[0]]), by)
-    cut = windows_of(model, text, tokens)
-    choices = [{m: forms[name][m] for m in own} for own in units.values() for name in names]
-    found = divergences(model, params, choices, cut, clip, progress)
-    kl = tuple(tuple(found[i : i + len(names)]) for i in range(0, len(found), len(names)))
+        own = list(rounding.formats(spec))
+    units, digest = _units(own, by), params_digest(params)
     return Sensitivity(
-        spec,
-        by,
-        tuple(units),
-        tuple(units.values()),
-        names,
-        kl,
-        group,
-        clip,
-        pad,
-        params_digest(params),
-        cut.digest,
-        cut.scored,
+        spec, by, tuple(units), tuple(units.values()), names, (), group, clip, pad, digest, cut.digest, cut.scored
     )
 
 
-def _formats(bits: Any, format: Any, formats: Any) -> tuple[str, ...]:
+def _formats(bits: Any = None, format: Any = None, formats: Any = None) -> tuple[str, ...]:
     """The names of the formats that were asked for, each once."""
     given = [x for x in (bits, format, formats) if x is not None]
     if len(given) > 1:
