@@ -23,6 +23,7 @@ from infopt.methods.base import (
     text_of,
     to_nearest,
 )
+from infopt.methods.freed import give_back
 from infopt.methods.kept import Kept
 from infopt.methods.layers import Layer, Run
 from infopt.model import Model, Weights
@@ -93,9 +94,9 @@ class AutoRound(Method):
         update, error = _programs(layer.run, tuple(sorted(formats.items())))
         points = {n: _point(layer.p[n], q, formats[n]) for n, q in begun.items()}
         free = {n: Free(jnp.zeros_like(p.level), jnp.ones_like(p.scale)) for n, p in points.items()}
-        xs, ys = jnp.concatenate(layer.inputs), jnp.concatenate(layer.targets)
-        rate, size, part = self.rate or 1 / self.steps, min(self.batch, len(xs)), max(self.steps // PARTS, 1)
         pairs = list(zip(layer.inputs, layer.targets, strict=True))
+        windows = [(i, row) for i, (x, _) in enumerate(pairs) for row in range(len(x))]
+        rate, size, part = self.rate or 1 / self.steps, min(self.batch, len(windows)), max(self.steps // PARTS, 1)
 
         def of(found: dict[str, QTensor]) -> float:
             return sum(float(error(layer.p | found, x, y)) for x, y in pairs)
@@ -107,10 +108,13 @@ class AutoRound(Method):
                 why="a weight is NaN or infinite, or what it makes leaves what its type can hold.",
                 fix="model.audit(params), to see weights; another method",
             )
+        give_back()
         for step in range(1, self.steps + 1):
-            at = np.random.default_rng((self.seed, step)).choice(len(xs), size, replace=False)
+            chosen = np.random.default_rng((self.seed, step)).choice(len(windows), size, replace=False)
+            own = [(pairs[i][0][row], pairs[i][1][row]) for i, row in (windows[at] for at in chosen)]
+            x, y = (jnp.stack(rows) for rows in zip(*own, strict=True))
             now = jnp.asarray(rate * (1 - (step - 1) / self.steps), jnp.float32)
-            free = update(layer.p, points, free, xs[at], ys[at], now)
+            free = update(layer.p, points, free, x, y, now)
             if step % part == 0 or step == self.steps:
                 found = {n: _stored(layer.p[n], points[n], free[n], formats[n]) for n in points}
                 error_now = of(found)
@@ -123,6 +127,7 @@ class AutoRound(Method):
                     break
                 if error_now < least:
                     least, best = error_now, found
+                give_back()
         return best
 
 

@@ -16,6 +16,7 @@ import optax
 from infopt import ops
 from infopt.errors import InfoptError
 from infopt.methods.base import Method, check_reading, check_start, refuse_rounded_inputs, text_of, to_nearest
+from infopt.methods.freed import give_back
 from infopt.methods.kept import Kept
 from infopt.methods.layers import Run, embedded, last_of, layer_of, programs, scannable, top_of
 from infopt.model import Family, Model, Weights
@@ -24,7 +25,7 @@ from infopt.qtensor import Format, QTensor, dequantize_array, measured
 from infopt.spec import Spec
 from infopt.typing import Array
 
-ROWS = 128
+ROWS = 64
 """Tokens whose logits are there at once."""
 HELD = 8
 """Of so many windows one is held back, to choose the rate and the end by."""
@@ -134,6 +135,8 @@ class _Distillation:
             xs = [self.runs[i](p, x) for x in xs]
         hidden = last_of(spec)
         self.aims = np.concatenate([np.asarray(hidden(top, x)) for x in xs])
+        del xs
+        give_back()
 
     def trained(self) -> dict[str, Change]:
         how, zero = self.how, {n: _unchanged(q) for n, q in self.begun.items()}
@@ -202,6 +205,8 @@ class _Distillation:
         xs = embedded(self.spec, self.top, self.rows[windows], len(windows))
         for _, (run, _), p, own in self._layers(changes):
             xs.append(run(p, own, xs[-1]))
+        jax.block_until_ready(xs[-1])
+        give_back()
         return xs, self.top.get("head", self.top["embed"]), changes.get("head"), jnp.asarray(self.aims[windows])
 
     def _at_once(self, windows: Sequence[int]) -> list[list[int]]:
@@ -214,6 +219,7 @@ class _Distillation:
         for some in self._at_once(held):
             xs, head, own, aims = self._through(changes, some)
             found.append(self.loss[0](self.top, head, own, xs[-1], self.plain_head, aims) * len(some))
+            del xs  # all layers' inputs, before the next window's
         kl = jnp.sum(jnp.stack(found)) / len(held)
         return jnp.where(jnp.isfinite(kl), kl, jnp.inf)
 
@@ -222,11 +228,14 @@ class _Distillation:
         for some in self._at_once(windows):
             xs, head, own, aims = self._through(changes, some)
             loss, (of_head, dx) = self.loss[1](self.top, head, own, xs.pop(), self.plain_head, aims)
+            jax.block_until_ready(dx)
+            give_back()
             found = {} if own is None else {"head": of_head}
             for prefix, (_, back), p, mine in reversed(list(self._layers(changes))):
                 slopes, dx = back(p, mine, xs.pop(), dx)
                 found |= {prefix + n: slope for n, slope in slopes.items()}
-            total = _added(total, (loss, found), len(some) / len(windows))
+            total = jax.block_until_ready(_added(total, (loss, found), len(some) / len(windows)))
+            give_back()
         assert total is not None
         return total
 

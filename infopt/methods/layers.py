@@ -13,6 +13,7 @@ import numpy as np
 
 from infopt import ops
 from infopt.errors import InfoptError
+from infopt.methods.freed import give_back
 from infopt.methods.kept import Kept
 from infopt.model import Family, Weights, as_run, family_of, shapes
 from infopt.progress import bar
@@ -207,18 +208,19 @@ def by_layer(
             p = layer_of(spec, weights, i)
             run, tapped = programs(spec, i % spec.config.period, spec.window[i])
             mine = tuple(sorted(n for n in p if f"layers.{i}.{n}" in names))
-            aims = None if plain is None else [run(p, x) for x in plain]
+            plain = None if plain is None else [run(p, x) for x in plain]
             if mine:
-                p |= turn(Layer(spec, f"layers.{i}.", mine, p, xs, aims, run, tapped))
-            xs, plain = [run(p, x) for x in xs], aims
+                p |= turn(Layer(spec, f"layers.{i}.", mine, p, xs, plain, run, tapped))
+            xs = jax.block_until_ready([run(p, x) for x in xs])
+            give_back()
             show(i + 1)
     if outside:
         run, tapped = _head(spec)
         final = last_of(spec)
         xs = [final(top, x) for x in xs]
         p = jax.tree.map(jnp.asarray, top)
-        aims = None if plain is None else [run(p, final(top, x)) for x in plain]
-        turn(Layer(spec, "", ("head",), p, xs, aims, run, tapped))
+        plain = None if plain is None else [run(p, final(top, x)) for x in plain]
+        turn(Layer(spec, "", ("head",), p, xs, plain, run, tapped))
     return found
 
 
