@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import jax
@@ -106,22 +107,46 @@ def test_a_method_rounds_what_was_chosen(base: Base) -> None:
     assert "gptq" in repr(stack.recipe) and stack.spec.cache
 
 
-def test_only_what_fits_is_measured_by_matrix(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen, own = list[int](), ip.Sensitivity.measured
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[ip.Model]:
+    """The stacks that a sensitivity is measured of."""
+    found, memory = list[ip.Model](), sys.modules["infopt.budget.memory"]
+    own = memory.measured
 
-    def measured(self: ip.Sensitivity, *how: Any) -> ip.Sensitivity:
-        seen.append(sum(self.weights))
-        return own(self, *how)
+    def measured(outline: Any, model: ip.Model, *how: Any) -> ip.Sensitivity:
+        found.append(model)
+        return own(outline, model, *how)
 
-    monkeypatch.setattr(ip.Sensitivity, "measured", measured)
+    monkeypatch.setattr(memory, "measured", measured)
+    return found
+
+
+def test_only_what_fits_is_measured_by_matrix(base: Base, seen: list[ip.Model]) -> None:
     beside = ["gqa(kv_heads=1) | cache_kv()", "cache_kv()"]
     least = min(way.least for way in fit(base, 10_000_000, beside).ways)
-    assert len(seen) == 2 and seen[0] < seen[1]
+    assert [model.spec.config.kv_heads for model in seen] == [1, 2]
     found = fit(base, least, beside)
     assert len(seen) == 3 and [way.weights is None for way in found.ways] == [False, True]
     with pytest.raises(InfoptError, match="hold no such model"):
         fit(base, least - 1, beside)
+    with pytest.raises(InfoptError, match="segments=1"):
+        fit(base, 10_000_000, ["sliding_window(16, layers=[0]) | cache_kv()"], segments=1)
     assert len(seen) == 3
+
+
+def test_a_shared_sensitivity_is_the_first_ways_though_that_does_not_fit(base: Base, seen: list[ip.Model]) -> None:
+    memory = fit(base, 10_000_000, CACHES).ways[0].least - 1
+    found = fit(base, memory, CACHES)
+    assert [way.weights is None for way in found.ways] == [True, False, False]
+    assert [model.spec.kv for model in seen] == [None, None]
+    s = found.weights.sensitivity
+    assert s == ip.sensitivity(*base, formats=[3, 4, 8], text=cut())
+
+
+def test_other_weights_of_one_shape_have_a_sensitivity_of_their_own(base: Base, seen: list[ip.Model]) -> None:
+    found = fit(base, 10_000_000, ["gqa(kv_heads=1) | cache_kv()", "gqa(kv_heads=1, init='first') | cache_kv()"])
+    one, other = (way.weights.sensitivity for way in found.ways if way.weights)
+    assert len(seen) == 2 and one.spec == other.spec and one.params != other.params and one.kl != other.kl
 
 
 def test_too_little_memory_and_wrong_ways_are_refused(base: Base) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -376,7 +377,7 @@ def test_what_cannot_be_met_is_refused_before_anything_is_measured(
     def measured(*_: Any) -> Any:
         raise AssertionError("minutes of a large model")
 
-    monkeypatch.setattr(ip.Sensitivity, "measured", measured)
+    monkeypatch.setattr(sys.modules["infopt.budget.mixed"], "measured", measured)
     with pytest.raises(InfoptError, match="cannot be met"):
         ip.mixed(*base, 3, text=cut())
     with pytest.raises(InfoptError, match="2 runs already"):

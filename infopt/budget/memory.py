@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 
 from infopt.ablation.table import grid, markdown
 from infopt.budget.alone import plain
-from infopt.budget.mixed import FORMATS, SEGMENTS, Mixed, chosen, least_bytes
-from infopt.budget.sensitivity import TOKENS, Sensitivity, outlined, windows_of
+from infopt.budget.mixed import FORMATS, SEGMENTS, Mixed, check_reach, chosen, least_bytes
+from infopt.budget.sensitivity import TOKENS, Sensitivity, measured, outlined, windows_of
 from infopt.errors import InfoptError, human
 from infopt.evaluate import Scores, measure
 from infopt.generation import BUCKETS
 from infopt.methods import Method
-from infopt.model import Model, Weights, check_length
+from infopt.model import Model, Weights, check_length, params_digest
 from infopt.planner import abstract_state, nbytes
 from infopt.spec import Spec
 from infopt.transforms import Transform, dequantize, parse_stack
@@ -156,16 +156,20 @@ class Fitted:
         return "\n\n".join([self.title, "\n".join(markdown(self._cells()))]) + "\n"
 
 
+_Kind = tuple[Spec, str]
+"""What ways share whose weights are the same: what they compute but for rounded keys and values, and their digest."""
+
+
 class _Parts(NamedTuple):
-    """A way's own stack and weights, and bytes."""
+    """What is known of a way before anything is measured: as in `Way`, and the bits a weight that are left."""
 
     beside: Transform
     stack: Model
-    params: Params
-    kind: Spec
+    kind: _Kind
     cache: int
     rest: int
     least: int
+    bits: float
 
 
 def fit_memory(
@@ -197,7 +201,8 @@ def fit_memory(
       formats, group, segments, text, tokens, progress: as for `mixed`.
 
     Raises:
-      InfoptError: no way fits, or one has no cache.
+      InfoptError: no way fits, one has no cache, or there are too few segments.
+      TransformOrderError: a way packs weights already.
       PromptError: a context beyond the model's.
 
     >>> import infopt as ip, jax
@@ -214,16 +219,18 @@ def fit_memory(
     stacks = [_stack(model, each) for each in ([beside] if isinstance(beside, str | Transform) else beside)]
     if not stacks:
         raise InfoptError("nothing was given beside weights.", why="one way is chosen.", fix=f"beside={BESIDE[:1]!r}")
-    cut, outlines, parts = windows_of(model, text, tokens), dict[Spec, Sensitivity](), list[_Parts]()
+    cut, kinds, parts = windows_of(model, text, tokens), dict[_Kind, tuple[Model, Sensitivity]](), list[_Parts]()
     for transform, stack in stacks:
-        own, kind = stack.convert(params, model), plain(stack).replace(kv=None)
-        if kind not in outlines:
-            outlines[kind] = outlined(stack, own, formats, cut, group)
-        s, weights = outlines[kind], Weights.of(stack.spec, own)
+        own = stack.convert(params, model)
+        kind = plain(stack).replace(kv=None), params_digest(own)
+        _, s = kinds.setdefault(kind, (stack, outlined(stack, formats, group)))
+        weights = Weights.of(stack.spec, own)
         cache = nbytes(abstract_state(stack.spec, 1, context, max(BUCKETS)).kv)
         rest = nbytes(own) - sum(nbytes(weights[name]) for names in s.matrices for name in names)
-        parts.append(_Parts(transform, stack, own, kind, cache, rest, cache + rest + least_bytes(s)))
-    if all(part.least > memory for part in parts):
+        bits = math.nextafter(8 * (memory - cache - rest) / sum(s.weights), math.inf)  # its product is not less
+        parts.append(_Parts(transform, stack, kind, cache, rest, cache + rest + least_bytes(s), bits))
+    fitting = [part for part in parts if part.least <= memory]
+    if not fitting:
         part = min(parts, key=lambda part: part.least)
         raise InfoptError(
             f"{human(memory)} hold no such model at {context:,} tokens.",
@@ -231,20 +238,22 @@ def fit_memory(
             f"values, {human(part.rest)} weights that keep their values.",
             fix="more memory, a shorter context, narrower formats, or other things beside",
         )
-    measured, ways = dict[Spec, Sensitivity](), list[Way]()
+    for part in fitting:
+        check_reach(kinds[part.kind][1], part.bits, "stored", segments)
+    found = dict[_Kind, Sensitivity]()
+    for kind in dict.fromkeys(part.kind for part in fitting):
+        stack, outline = kinds[kind]
+        found[kind] = measured(outline, stack, stack.convert(params, model), cut, progress)
+    ways = list[Way]()
     for part in parts:
         rounded = None
         if part.least <= memory:
-            if part.kind not in measured:
-                measured[part.kind] = outlines[part.kind].measured(part.stack, part.params, cut, progress)
-            s = measured[part.kind]
-            left = 8 * (memory - part.cache - part.rest)
-            bits = math.nextafter(left / sum(s.weights), math.inf)  # its product is not less
-            rounded = Mixed(s, chosen(s, bits, "stored", segments), bits, "stored")
-        kl = measure(part.stack, part.params, cut, (model, params)).kl.value
+            s = found[part.kind]
+            rounded = Mixed(s, chosen(s, part.bits, "stored", segments), part.bits, "stored")
+        kl = measure(part.stack, part.stack.convert(params, model), cut, (model, params)).kl.value
         ways.append(Way(part.beside, part.cache, part.rest, part.least, kl, rounded))
-    found = Fitted(tuple(ways), memory, context)
-    return dataclasses.replace(found, actual=found.measure(model, params, cut).kl.value)
+    best = Fitted(tuple(ways), memory, context)
+    return dataclasses.replace(best, actual=best.measure(model, params, cut).kl.value)
 
 
 def _stack(model: Model, beside: Transform | str) -> tuple[Transform, Model]:

@@ -13,7 +13,7 @@ from infopt.ablation.table import grid, markdown
 from infopt.budget.allocation import allocate
 from infopt.budget.alone import divergences, layer_of, plain
 from infopt.budget.rules import rules_of
-from infopt.budget.sensitivity import TOKENS, Sensitivity, outlined, windows_of
+from infopt.budget.sensitivity import TOKENS, Sensitivity, measured, outlined, windows_of
 from infopt.errors import EvaluationError, InfoptError
 from infopt.evaluate import Scores, measure
 from infopt.methods import Method
@@ -206,9 +206,9 @@ def mixed(
         raise InfoptError(f"mixed(budget={budget!r}).", why="it is a number of bits a weight.", fix="budget=4.25, say")
     cut = windows_of(model, text, tokens)
     if sensitivity is None:
-        outline = outlined(model, params, FORMATS if formats is None else formats, cut, group)
+        outline = outlined(model, FORMATS if formats is None else formats, group)
         check_reach(outline, budget, count, segments)
-        sensitivity = outline.measured(model, params, cut, progress)
+        sensitivity = measured(outline, model, params, cut, progress)
     elif formats is not None or group is not None:
         raise InfoptError(
             "mixed was given formats or a group, and a sensitivity.",
@@ -258,7 +258,7 @@ def chosen(s: Sensitivity, budget: float, count: str, most: int) -> tuple[str, .
 
 
 def check_reach(s: Sensitivity, budget: float, count: str, most: int) -> None:
-    """That some choice is within a budget, for which no KL is needed.
+    """Raise unless some choice is within the budget and the number of segments. No KL is needed for that.
 
     Raises:
       InfoptError: a budget below what the formats can reach, or too few segments.

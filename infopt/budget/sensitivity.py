@@ -78,18 +78,13 @@ class Sensitivity:
         return tuple(sum(math.prod(of[m]) for m in own) for own in self.matrices)
 
     def _counted(self, count: Callable[[Format, tuple[int, ...]], int]) -> tuple[tuple[int, ...], ...]:
-        of = shapes(self.spec)
-        return tuple(tuple(sum(count(form, of[m]) for m in own) for form in self._forms()) for own in self.matrices)
+        of, forms = shapes(self.spec), self.rounded_to()
+        return tuple(tuple(sum(count(form, of[m]) for m in own) for form in forms) for own in self.matrices)
 
-    def _forms(self) -> list[Format]:
+    def rounded_to(self) -> list[Format]:
+        """The formats, in groups as they were rounded in."""
         found = [quantize(format=n, group=self.group, clip=self.clip, pad=self.pad).rules[0] for n in self.formats]
         return [rule.format for rule in found if rule.format is not None]
-
-    def measured(self, model: Model, params: Params, cut: Windows, progress: bool = False) -> Sensitivity:
-        """The same with KL, of the model and windows that it is of."""
-        choices = [dict.fromkeys(own, form) for own in self.matrices for form in self._forms()]
-        found, step = divergences(model, params, choices, cut, self.clip, progress), len(self.formats)
-        return dataclasses.replace(self, kl=tuple(tuple(found[i : i + step]) for i in range(0, len(found), step)))
 
     def __getitem__(self, name: str) -> dict[str, float]:
         """A name's KL, by format."""
@@ -228,23 +223,20 @@ def sensitivity(
     >>> all(0 < row["int8"] < row["int4"] for row in map(found.__getitem__, found.names))
     True
     """
-    cut = windows_of(model, text, tokens)
-    found = outlined(model, params, _formats(bits, format, formats), cut, group, clip, pad, where, by)
-    return found.measured(model, params, cut, progress)
+    found = outlined(model, _formats(bits, format, formats), group, clip, pad, where, by)
+    return measured(found, model, params, windows_of(model, text, tokens), progress)
 
 
 def outlined(
     model: Model,
-    params: Params,
-    formats: Sequence[int | str] | str,
-    cut: Windows,
+    formats: Sequence[int | str] | int | str,
     group: int | None = None,
     clip: str | None = None,
     pad: bool = False,
     where: str | Sequence[str] | None = None,
     by: str = "matrix",
 ) -> Sensitivity:
-    """All of a sensitivity but its KL: what there is to choose from, and its bytes.
+    """What a sensitivity says before anything is measured: what there is to round, to what, and in how many bytes.
 
     Raises:
       InfoptError, TransformOrderError: as `sensitivity`.
@@ -258,9 +250,27 @@ def outlined(
         rounding = quantize(format=name, group=group, where=where, clip=clip, pad=pad)
         rounding.check(model.spec)
         own = list(rounding.formats(spec))
-    units, digest = _units(own, by), params_digest(params)
+    units = _units(own, by)
     return Sensitivity(
-        spec, by, tuple(units), tuple(units.values()), names, (), group, clip, pad, digest, cut.digest, cut.scored
+        spec, by, tuple(units), tuple(units.values()), names, (), group, clip, pad, params="", windows="", tokens=0
+    )
+
+
+def measured(outline: Sensitivity, model: Model, params: Params, cut: Windows, progress: bool = False) -> Sensitivity:
+    """An outline of this model, with KL.
+
+    Raises:
+      EvaluationError: as `sensitivity`.
+    """
+    forms, step = outline.rounded_to(), len(outline.formats)
+    choices = [dict.fromkeys(own, form) for own in outline.matrices for form in forms]
+    found = divergences(model, params, choices, cut, outline.clip, progress)
+    return dataclasses.replace(
+        outline,
+        kl=tuple(tuple(found[i : i + step]) for i in range(0, len(found), step)),
+        params=params_digest(params),
+        windows=cut.digest,
+        tokens=cut.scored,
     )
 
 

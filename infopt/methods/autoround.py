@@ -108,7 +108,7 @@ class AutoRound(Method):
                 why="a weight is NaN or infinite, or what it makes leaves what its type can hold.",
                 fix="model.audit(params), to see weights; another method",
             )
-        give_back()
+        give_back(())
         for step in range(1, self.steps + 1):
             chosen = np.random.default_rng((self.seed, step)).choice(len(windows), size, replace=False)
             own = [(pairs[i][0][row], pairs[i][1][row]) for i, row in (windows[at] for at in chosen)]
@@ -127,7 +127,7 @@ class AutoRound(Method):
                     break
                 if error_now < least:
                     least, best = error_now, found
-                give_back()
+                give_back(free)
         return best
 
 

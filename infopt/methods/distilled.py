@@ -136,7 +136,7 @@ class _Distillation:
         hidden = last_of(spec)
         self.aims = np.concatenate([np.asarray(hidden(top, x)) for x in xs])
         del xs
-        give_back()
+        give_back(())
 
     def trained(self) -> dict[str, Change]:
         how, zero = self.how, {n: _unchanged(q) for n, q in self.begun.items()}
@@ -205,8 +205,7 @@ class _Distillation:
         xs = embedded(self.spec, self.top, self.rows[windows], len(windows))
         for _, (run, _), p, own in self._layers(changes):
             xs.append(run(p, own, xs[-1]))
-        jax.block_until_ready(xs[-1])
-        give_back()
+        give_back(xs[-1])
         return xs, self.top.get("head", self.top["embed"]), changes.get("head"), jnp.asarray(self.aims[windows])
 
     def _at_once(self, windows: Sequence[int]) -> list[list[int]]:
@@ -228,14 +227,13 @@ class _Distillation:
         for some in self._at_once(windows):
             xs, head, own, aims = self._through(changes, some)
             loss, (of_head, dx) = self.loss[1](self.top, head, own, xs.pop(), self.plain_head, aims)
-            jax.block_until_ready(dx)
-            give_back()
+            give_back(dx)
             found = {} if own is None else {"head": of_head}
             for prefix, (_, back), p, mine in reversed(list(self._layers(changes))):
                 slopes, dx = back(p, mine, xs.pop(), dx)
                 found |= {prefix + n: slope for n, slope in slopes.items()}
-            total = jax.block_until_ready(_added(total, (loss, found), len(some) / len(windows)))
-            give_back()
+            total = _added(total, (loss, found), len(some) / len(windows))
+            give_back(total)
         assert total is not None
         return total
 

@@ -211,8 +211,8 @@ def by_layer(
             plain = None if plain is None else [run(p, x) for x in plain]
             if mine:
                 p |= turn(Layer(spec, f"layers.{i}.", mine, p, xs, plain, run, tapped))
-            xs = jax.block_until_ready([run(p, x) for x in xs])
-            give_back()
+            xs = [run(p, x) for x in xs]
+            give_back((xs, plain))
             show(i + 1)
     if outside:
         run, tapped = _head(spec)

@@ -22,14 +22,14 @@ def resident() -> int:
 def test_what_was_freed_goes_back() -> None:
     libc = ctypes.CDLL(None)
     libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
-    freed.give_back()
+    freed.give_back(())
     blocks = [libc.malloc(BLOCK) for _ in range(COUNT)]
     for block in blocks:
         ctypes.memset(block, 1, BLOCK)
     for block in blocks[:-1]:  # the last holds the heap's end where it is
         libc.free(block)
     before = resident()
-    freed.give_back()
+    freed.give_back(())
     gone = before - resident()
     libc.free(blocks[-1])
     assert gone > BLOCK * COUNT / 2
@@ -44,6 +44,6 @@ def test_where_no_library_can_it_does_nothing(error: type[Exception], monkeypatc
     freed._trim.cache_clear()
     try:
         assert freed._trim() is None
-        freed.give_back()
+        freed.give_back(())
     finally:
         freed._trim.cache_clear()
