@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-import mmap
 from typing import Any
 
 import pytest
 
+from infopt.bench.methods import _resident
 from infopt.methods import freed
 
 BLOCK, COUNT = 100_000, 400  # less than what glibc maps one by one: 40 MB of its heap
-
-
-def resident() -> int:
-    with open("/proc/self/statm") as statm:
-        return int(statm.read().split()[1]) * mmap.PAGESIZE
 
 
 @pytest.mark.skipif(freed._trim() is None, reason="the C library has no malloc_trim")
@@ -28,11 +23,12 @@ def test_what_was_freed_goes_back() -> None:
         ctypes.memset(block, 1, BLOCK)
     for block in blocks[:-1]:  # the last holds the heap's end where it is
         libc.free(block)
-    before = resident()
+    before = _resident()
     freed.give_back(())
-    gone = before - resident()
+    after = _resident()
     libc.free(blocks[-1])
-    assert gone > BLOCK * COUNT / 2
+    assert before is not None and after is not None
+    assert before - after > BLOCK * COUNT / 2
 
 
 @pytest.mark.parametrize("error", [OSError, TypeError, AttributeError])
