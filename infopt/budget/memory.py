@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from infopt.ablation.table import grid, markdown
 from infopt.budget.alone import plain
-from infopt.budget.mixed import FORMATS, SEGMENTS, Mixed, check_reach, chosen, least_bytes
+from infopt.budget.mixed import FORMATS, SEGMENTS, Mixed, check_reach, chosen, least_bytes, scores_of
 from infopt.budget.sensitivity import TOKENS, Sensitivity, measured, outlined, windows_of
 from infopt.errors import InfoptError, human
 from infopt.evaluate import Scores, measure
@@ -18,7 +18,7 @@ from infopt.methods import Method
 from infopt.model import Model, Weights, check_length, params_digest
 from infopt.planner import abstract_state, nbytes
 from infopt.spec import Spec
-from infopt.transforms import Transform, dequantize, parse_stack
+from infopt.transforms import Transform, parse_stack
 from infopt.transforms.base import whole
 from infopt.typing import Params
 
@@ -72,9 +72,7 @@ class Way:
           tokens: about how many are scored.
           method: what rounds weights.
         """
-        stack = (self.quantize(method) | dequantize())(model)
-        cut = windows_of(model, text, tokens, "heldout")
-        return measure(stack, stack.convert(params, model), cut, (model, params))
+        return scores_of(self.quantize(method), model, params, text, tokens)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

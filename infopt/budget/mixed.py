@@ -18,7 +18,7 @@ from infopt.errors import EvaluationError, InfoptError
 from infopt.evaluate import Scores, measure
 from infopt.methods import Method
 from infopt.model import Model, params_digest, segments
-from infopt.transforms import dequantize, quantize
+from infopt.transforms import Transform, dequantize, quantize
 from infopt.transforms.quantize import Quantize
 from infopt.typing import Params
 
@@ -109,9 +109,7 @@ class Mixed:
           tokens: about how many are scored.
           method: what rounds.
         """
-        cut = windows_of(model, text, tokens, "heldout")
-        stack = (self.quantize(method) | dequantize())(model)
-        return measure(stack, stack.convert(params, model), cut, (model, params))
+        return scores_of(self.quantize(method), model, params, text, tokens)
 
     def random(self, seed: int) -> Mixed:
         """Another choice of no more bits: formats widened at random until none fits. Bound to no number of runs.
@@ -153,6 +151,13 @@ class Mixed:
 
     def _repr_markdown_(self) -> str:
         return "\n\n".join([self.title, "\n".join(markdown(self._cells()))]) + "\n"
+
+
+def scores_of(rounded: Transform, model: Model, params: Params, text: Any, tokens: int) -> Scores:
+    """A text's scores by a model that is rounded so, with its values dense, against itself; by default held out."""
+    cut = windows_of(model, text, tokens, "heldout")
+    stack = (rounded | dequantize())(model)
+    return measure(stack, stack.convert(params, model), cut, (model, params))
 
 
 def mixed(
