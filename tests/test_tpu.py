@@ -103,8 +103,31 @@ def test_the_integer_product_is_the_default_and_copies_no_weights() -> None:
 
 
 @compiles
-def test_groups_go_through_xla() -> None:
-    found = tpu.row(tpu.product_case("", 64, 4096, 4096, Format("int4", 32, "float16")), "v5e")
+@everywhere
+@pytest.mark.parametrize("rows", [1, 256])
+@pytest.mark.parametrize(
+    "form",
+    [Format(name, group, "float16") for name, group in (("int4", 32), ("int4", 16), ("int4", 256), ("int8", 32))],
+    ids=lambda f: f"{f.name}, {f.group}",
+)
+def test_the_integer_product_of_groups_compiles(form: Format, rows: int, generation: str) -> None:
+    """Fewest and most groups in a product; a copy of the matrix would be 14336 x 4096 / 2 bytes, 29 MB."""
+    found = tpu.row(tpu.product_case("", rows, 4096, 14336, form), generation)
+    assert found["kernels"] == 1 and found["temp_bytes"] < 20e6
+
+
+@compiles
+def test_w4a8_is_a_kernel_in_a_whole_step() -> None:
+    """A layer's up-projection is 33 MB in 4 bits."""
+    model = (ip.quantize(bits=4, activations=8) | FLASH | ip.cache_kv())(tpu.llama_8b())
+    for tokens in (None, 128):
+        found = tpu.row(tpu.step_case("", model, 8192, tokens), "v5e")
+        assert found["kernels"] >= 8 and found["fits"] and found["temp_bytes"] < 50e6
+
+
+@compiles
+def test_minima_go_through_xla() -> None:
+    found = tpu.row(tpu.product_case("", 64, 4096, 4096, Format("int4_min", 32, "float16")), "v5e")
     assert found["kernels"] == 0 and found["fits"]
 
 
