@@ -251,6 +251,16 @@ def check_disjoint(calibration: Any, evaluation: Any, n: int = 32) -> None:
     infopt.errors.EvaluationError: calibration and evaluation overlap: 9 runs of 32 tokens of the evaluation ...
     """
     n = _whole("n", n)
+    if shared := _shared(calibration, evaluation, n):
+        raise EvaluationError(
+            f"calibration and evaluation overlap: {shared} runs of {n} tokens of the evaluation stand in both.",
+            why="what was fitted to a text scores too well on it.",
+            fix="another split of the text, or a greater n where it is boilerplate, as a licence is",
+        )
+
+
+def _shared(calibration: Any, evaluation: Any, n: int) -> int:
+    """How many runs of n tokens of the evaluation stand in the calibration text."""
     seen: dict[int, set[bytes]] = {}
     for row in _rows(calibration):
         for hashed, run in zip(*_runs(row, n)):
@@ -261,12 +271,31 @@ def check_disjoint(calibration: Any, evaluation: Any, n: int = 32) -> None:
         hashes, runs = _runs(row, n)
         for i in np.flatnonzero(np.isin(hashes, known)):
             shared += runs[i].tobytes() in seen[int(hashes[i])]
-    if shared:
-        raise EvaluationError(
-            f"calibration and evaluation overlap: {shared} runs of {n} tokens of the evaluation stand in both.",
-            why="what was fitted to a text scores too well on it.",
-            fix="another split of the text, or a greater n where it is boilerplate, as a licence is",
-        )
+    return shared
+
+
+def check_apart(stack: Model, before: Model, evaluation: Windows) -> None:
+    """Raise where a stack's transforms read of the text that it is measured on.
+
+    Args:
+      stack: what is measured.
+      before: the model whose params it is made from.
+      evaluation: the windows that it is measured on.
+
+    Raises:
+      EvaluationError: they share a run of 32 tokens, or a whole window of fewer.
+    """
+    for transform, model in stack.transforms(before):
+        if read := transform.reads(model):
+            n = min(32, *map(len, read))
+            if shared := _shared(read, evaluation, n):
+                raise EvaluationError(
+                    f"calibration and evaluation overlap: {shared} runs of {n} tokens of the evaluation stand in what "
+                    f"{transform!r} reads.",
+                    why="what was fitted to a text scores too well on it.",
+                    fix="another text for one of them"
+                    + (", or windows of length=32 and more, if short phrases are all they share" if n < 32 else ""),
+                )
 
 
 def _rows(text: Any) -> list[np.ndarray]:

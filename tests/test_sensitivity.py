@@ -369,6 +369,11 @@ def test_a_method_rounds_what_was_chosen(base: tuple[ip.Model, Any], found: ip.S
     stack = got.quantize(method=ip.gptq(TEXT, tokens=128, length=32))(model)
     assert {n: form.name for n, form in stack.spec.weights} == got.formats
     assert "gptq" in repr(stack.recipe)
+    with pytest.raises(EvaluationError, match=r"overlap: .* of the evaluation stand in what .*gptq"):
+        got.measure(model, params, cut(), method=ip.gptq(TEXT, tokens=128, length=32))
+    other = np.random.default_rng(0).integers(0, 61, 128)
+    scores = got.measure(model, params, cut(), method=ip.gptq(other, length=32))
+    assert scores.kl.value != got.measure(model, params, cut()).kl.value
 
 
 def test_what_cannot_be_met_is_refused_before_anything_is_measured(

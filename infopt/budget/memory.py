@@ -237,7 +237,8 @@ def fit_memory(
             fix="more memory, a shorter context, narrower formats, or other things beside",
         )
     for part in fitting:
-        check_reach(kinds[part.kind][1], part.bits, "stored", segments)
+        what = f"weights beside {part.beside!r}, fit_memory"
+        check_reach(kinds[part.kind][1], part.bits, "stored", segments, what)
     found = dict[_Kind, Sensitivity]()
     for kind in dict.fromkeys(part.kind for part in fitting):
         stack, outline = kinds[kind]

@@ -15,7 +15,7 @@ from infopt.budget.alone import divergences, layer_of, plain
 from infopt.budget.rules import rules_of
 from infopt.budget.sensitivity import TOKENS, Sensitivity, measured, outlined, windows_of
 from infopt.errors import EvaluationError, InfoptError
-from infopt.evaluate import Scores, measure
+from infopt.evaluate import Scores, check_apart, measure
 from infopt.methods import Method
 from infopt.model import Model, params_digest, segments
 from infopt.transforms import Transform, dequantize, quantize
@@ -157,6 +157,7 @@ def scores_of(rounded: Transform, model: Model, params: Params, text: Any, token
     """A text's scores by a model that is rounded so, with its values dense, against itself; by default held out."""
     cut = windows_of(model, text, tokens, "heldout")
     stack = (rounded | dequantize())(model)
+    check_apart(stack, model, cut)
     return measure(stack, stack.convert(params, model), cut, (model, params))
 
 
@@ -262,7 +263,7 @@ def chosen(s: Sensitivity, budget: float, count: str, most: int) -> tuple[str, .
     return tuple(s.formats[choice[place]] for place in at)
 
 
-def check_reach(s: Sensitivity, budget: float, count: str, most: int) -> None:
+def check_reach(s: Sensitivity, budget: float, count: str, most: int, what: str = "mixed") -> None:
     """Raise unless some choice is within the budget and the number of segments. No KL is needed for that.
 
     Raises:
@@ -280,7 +281,7 @@ def check_reach(s: Sensitivity, budget: float, count: str, most: int) -> None:
     least_runs = 1 + int((groups[1:] != groups[:-1]).sum()) - _outside(s)
     if most < least_runs:
         raise InfoptError(
-            f"mixed(segments={most}): the layers are {least_runs} runs already.",
+            f"{what}(segments={most}): the layers are {least_runs} runs already.",
             why="they differ in their windows, or in which of their matrices are chosen for.",
             fix=f"segments >= {least_runs}",
         )
