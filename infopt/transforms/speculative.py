@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from typing import Any, ClassVar, final
 
 from infopt.errors import InfoptError
@@ -34,6 +35,11 @@ class SelfDraft:
             after = step(model)
             weights, model = step.params(weights, model, after.spec), after
         return weights
+
+    def digest(self) -> str:
+        """A hash of what its steps hold; "" where they hold nothing."""
+        held = [] if self.transform is None else [step.digest() for step in self.transform.steps]
+        return hashlib.sha256(" ".join(held).encode()).hexdigest()[:12] if any(held) else ""
 
     def __repr__(self) -> str:
         return f"self_draft({'' if self.transform is None else repr(self.transform)})"
@@ -102,6 +108,9 @@ class Speculative(Transform):
             check_params(self.draft.spec, extra["draft"])
             return weights.join("draft.", Weights.of(self.draft.spec, extra["draft"]))
         return weights.join("draft.", self.draft.params(weights, before))
+
+    def digest(self) -> str:
+        return "" if isinstance(self.draft, Model) else self.draft.digest()
 
     def __repr__(self) -> str:
         draft = (
