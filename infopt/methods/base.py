@@ -149,7 +149,7 @@ class Method(abc.ABC):
             )
         check_length(model.spec, self.length, f"windows of {self.length} tokens to calibrate on", "a shorter length=")
         if isinstance(self.text, tuple):
-            ids = np.asarray(self.text, np.int32)
+            ids = np.asarray(self.text, np.int64)
         elif model.tokenizer is None:
             raise InfoptError(
                 f"{self!r} reads a text, and the model has no tokenizer.",
@@ -158,7 +158,7 @@ class Method(abc.ABC):
             )
         else:
             text = texts.topics("calibration") if self.text is None else self.text
-            ids = np.asarray(model.tokenizer.encode(text), np.int32)
+            ids = np.asarray(model.tokenizer.encode(text), np.int64)
         if self.tokens is not None and self.tokens < self.length:
             raise InfoptError(
                 f"{self!r} reads less than a window.",
@@ -186,7 +186,7 @@ class Method(abc.ABC):
             )
         count = min(max((self.tokens or TOKENS) // self.length, 1), len(ids) // self.length)
         starts = np.linspace(0, len(ids) - self.length, count).astype(int)
-        return ids[starts[:, None] + np.arange(self.length)]
+        return ids[starts[:, None] + np.arange(self.length)].astype(np.int32)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

@@ -15,10 +15,18 @@ import optax
 
 from infopt import ops
 from infopt.errors import InfoptError
-from infopt.methods.base import Method, check_reading, check_start, refuse_rounded_inputs, text_of, to_nearest
+from infopt.methods.base import (
+    Method,
+    check_reading,
+    check_start,
+    refuse_rounded_inputs,
+    run_layers,
+    text_of,
+    to_nearest,
+)
 from infopt.methods.freed import give_back
 from infopt.methods.kept import Kept
-from infopt.methods.layers import Run, embedded, last_of, layer_of, programs, scannable, top_of
+from infopt.methods.layers import Layer, Run, embedded, last_of, layer_of, programs, scannable, top_of
 from infopt.model import Family, Model, Weights
 from infopt.progress import bar
 from infopt.qtensor import Format, QTensor, dequantize_array, measured
@@ -73,8 +81,12 @@ class Distilled(Method):
                 why="some are trained on, and others held back, to choose the learning rate by and when to stop.",
                 fix="a longer text, more tokens=, or a shorter length=",
             )
-        if self.start is None:
-            begun: dict[str, Any] = {n: to_nearest(weights[n], f, clip) for n, f in formats.items()}
+        if self.start is None:  # layer by layer, which says of inputs that they are always 0
+
+            def nearest(layer: Layer) -> dict[str, Any]:
+                return {n: to_nearest(layer.p[n], formats[layer.prefix + n], clip) for n in layer.names}
+
+            begun = run_layers(self, model, weights, formats, kept, nearest)
         else:
             begun = self.start.rounded(model, weights, formats, clip)
         packed = {n: q for n, q in begun.items() if isinstance(q, QTensor)}

@@ -189,6 +189,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "less than a window": (lambda: ip.gptq(IDS, tokens=31, length=32), "reads less than a window"),
     "a digest": (lambda: ip.gptq("0123456789ab", length=2), "the digest of a text"),
     "foreign": (lambda: ip.gptq(IDS + 7, length=32), "has a token 6"),
+    "beyond int32": (lambda: ip.gptq([2**40] * 64, length=32), f"has a token {2**40}"),
     "no tokenizer": (lambda: ip.gptq("some text", length=4), "no tokenizer"),
     "beyond the context": (lambda: ip.gptq(IDS, length=65), "windows of 65 tokens"),
 }
