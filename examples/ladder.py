@@ -50,13 +50,15 @@ def stacks(model: ip.Model, bits: list[int], groups: list[int], methods: list[st
 
 
 def as_json(table: ip.Table, model: str) -> dict[str, Any]:
-    """What is kept of a table: of each row the KL and the perplexity to the base, with their intervals."""
+    """What is kept of a table: of each row the KL and the perplexity to the base, with their intervals, and the commit
+    that measured it."""
     base, rows = table.rows[0].scores, []
     for row in table.rows[1:]:
         assert row.scores is not None and base is not None
         kl, ppl = row.scores.kl, ip.difference(row.scores, base, "ppl", relative=True)
         found = {name: [each.value, each.low, each.high] for name, each in (("kl", kl), ("ppl", ppl))}
-        rows.append({"name": row.name, "stack": row.stack, "bytes_a_weight": row.weight_bytes / row.weights} | found)
+        own = {"name": row.name, "stack": row.stack, "bytes_a_weight": row.weight_bytes / row.weights}
+        rows.append(own | found | {"commit": row.about["commit"]})
     return {"model": model, "title": table.title, "rows": rows}
 
 

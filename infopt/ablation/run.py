@@ -28,10 +28,11 @@ import numpy as np
 from infopt import texts
 from infopt.ablation.table import METRICS, USUAL, Row, Table, write
 from infopt.errors import CheckpointError, EvaluationError, InfoptError, nearest
-from infopt.evaluate import Windows, check_disjoint, check_windows, greedy_agreement, kept, measure, windows
+from infopt.evaluate import Windows, check_apart, check_windows, greedy_agreement, kept, measure, windows
 from infopt.formats import FORMATS
 from infopt.generation import BUCKETS
 from infopt.io import disk
+from infopt.methods.kept import source
 from infopt.model import Model, check_params, shapes
 from infopt.progress import bar
 from infopt.qtensor import QTensor, is_qtensor
@@ -153,7 +154,10 @@ def ablate(
         )
     check_windows(cut, model)
     for row, stack in made.items():
-        _check_apart(row, stack, model, cut)
+        try:
+            check_apart(stack, model, cut)
+        except EvaluationError as error:
+            raise EvaluationError(f"{row}: {error.what}", why=error.why, fix=error.fix) from error
     slots = min(SLOTS if slots is None else slots, model.spec.config.context)
     new = min(DECODED if slots <= SLOTS and _values(model) < LARGE else DECODED_FEW, slots // 2)
     about = _about(model, params, name, what, cut, seed, extra)
@@ -215,16 +219,6 @@ def _made(model: Model, params: Params, stacks: Any) -> dict[str, Model]:
 def _extras(stack: Model, model: Model) -> set[str]:
     """What `convert` wants besides params."""
     return {name for transform, _ in stack.transforms(model) for name in transform.extras}
-
-
-def _check_apart(row: str, stack: Model, model: Model, cut: Windows) -> None:
-    """Raise where a stack's transforms read of the text that it is to be measured on."""
-    for transform, before in stack.transforms(model):
-        try:
-            if read := transform.reads(before):
-                check_disjoint(read, cut, min(32, *map(len, read)))
-        except EvaluationError as error:
-            raise EvaluationError(f"{row}: {error.what}", why=error.why, fix=error.fix) from error
 
 
 def _cached(stack: Model) -> Model:
@@ -313,6 +307,7 @@ def _key(stack: Model, about: Mapping[str, Any], metrics: Sequence[str]) -> str:
         about["model"]["digest"],
         about["text"]["digest"],
         about["versions"],
+        source() if any(digest for _, digest in stack.recipe.steps) else None,  # a method's result is its code's too
         [about["decoding"] if metric == "decode" else metric for metric in metrics if metric in ("decode", "greedy")],
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

@@ -92,7 +92,7 @@ def kept_for(
         "formats": {name: repr(f) + repr(f.row) for name, f in sorted(formats.items())},
         "clip": clip,
         "platform": platform,
-        "source": _source(),
+        "source": source(),
     }
     found = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
     for name in sorted(shapes(spec)):
@@ -112,7 +112,7 @@ def _of_the_library(family: Family) -> bool:
 
 
 @functools.cache
-def _source() -> str:
+def source() -> str:
     """A hash of the code that a result depends on."""
     versions = [importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy", "optax")]
     package, found = Path(__file__).parents[1], hashlib.sha256(json.dumps(versions).encode())

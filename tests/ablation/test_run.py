@@ -336,3 +336,20 @@ def test_a_text_that_a_method_read_is_not_measured_on() -> None:
             ip.ablate(model, params, {"mine": stack}, text=text[100:400].tolist(), metrics=["ppl"])
     table = ip.ablate(model, params, {"mine": stack}, text=text[200:400].tolist(), metrics=["ppl"])
     assert len(table.rows) == 2
+    short = ip.quantize(bits=4, group=32, method=ip.gptq(text[:8], length=8))
+    with pytest.raises(EvaluationError, match="1 runs of 8 tokens") as e:  # a phrase, that may be chance
+        ip.ablate(model, params, {"mine": short}, text=text[:200].tolist(), metrics=["ppl"])
+    assert "length=32" in e.value.fix
+
+
+def test_a_row_of_a_method_is_measured_anew_by_other_code(
+    tmp_path: Path, measured: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = ip.gptq(np.arange(64) % 61, tokens=64, length=32)
+    rows = {"gptq": ip.quantize(bits=4, group=16, method=method), "int8": "quantize(bits=8)"}
+    ablate(rows, out=tmp_path)
+    ablate(rows, out=tmp_path)
+    assert measured == ["fp32", "gptq", "int8"]
+    monkeypatch.setattr("infopt.ablation.run.source", lambda: "changed")
+    ablate(rows, out=tmp_path)
+    assert measured == ["fp32", "gptq", "int8", "gptq"]

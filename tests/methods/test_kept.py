@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ import infopt as ip
 from infopt.errors import InfoptError
 from infopt.methods import autoround, gptq, kept, layers
 from infopt.methods.autoround import AutoRound
+from infopt.methods.awq import AWQ
 from infopt.methods.distilled import _Distillation
 from infopt.methods.gptq import GPTQ
+from infopt.methods.smoothquant import SmoothQuant
 
 IDS = np.random.default_rng(0).integers(0, 61, 4096)
 HOW: dict[str, Any] = dict(text=IDS, tokens=256, length=32)
@@ -37,7 +40,10 @@ def llama() -> tuple[ip.Model, Any]:
 METHODS: dict[str, tuple[Any, type, str]] = {
     "gptq": (gptq(**HOW), GPTQ, "_one"),
     "autoround": (autoround(**HOW, steps=4), AutoRound, "_learned"),
+    "awq": (ip.awq(**HOW), AWQ, "change"),
+    "smoothquant": (ip.smoothquant(**HOW), SmoothQuant, "change"),
     "distilled": (ip.distilled(**HOW, steps=12, rates=0.01), _Distillation, "_slopes"),
+    "gptq, distilled": (ip.distilled(**HOW, start=gptq(**HOW), steps=12, rates=0.01), _Distillation, "_slopes"),
 }
 
 
@@ -50,7 +56,8 @@ def test_a_run_that_was_killed_goes_on_and_a_whole_one_is_read(
     method: Any, where: type, work: str, folder: Path, llama: tuple[ip.Model, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, params = llama
-    stack = ip.quantize(bits=4, group=16, method=method)(model)
+    inputs = {"bits": 8, "activations": 8} if isinstance(method, SmoothQuant) else {"bits": 4}
+    stack = ip.quantize(**inputs, group=16, method=method)(model)
     monkeypatch.setenv("INFOPT_METHOD_CACHE", "0")
     want = stack.convert(params)
     assert not folder.exists()
@@ -113,12 +120,25 @@ def test_a_damaged_step_is_computed_anew(folder: Path, llama: tuple[ip.Model, An
 
 def test_the_oldest_results_make_room(folder: Path, llama: tuple[ip.Model, Any], monkeypatch: Any) -> None:
     model, params = llama
-    monkeypatch.setattr(kept, "MOST", 1)
     folder.mkdir(parents=True)
     (folder / "not a folder").touch()
-    for damp in (0.01, 0.02, 0.03):
+
+    def made(damp: float) -> set[Path]:
+        before = {each for each in folder.iterdir() if each.is_dir()}
         ip.quantize(bits=4, group=16, method=gptq(**HOW, damp=damp))(model).convert(params)
-    assert len([each for each in folder.iterdir() if each.is_dir()]) == 1
+        return {each for each in folder.iterdir() if each.is_dir()} - before
+
+    (first,), (second,) = made(0.01), made(0.02)
+    size = sum(each.stat().st_size for each in first.iterdir())
+    os.utime(first, (1e9, 1e9))
+    os.utime(second, (2e9, 2e9))
+    monkeypatch.setattr(kept, "MOST", 2 * size - 1)
+    (third,) = made(0.03)
+    assert not first.exists() and second.exists() and third.exists()
+    os.utime(second, (1e9, 1e9))
+    assert not made(0.02)  # a result that is used again is no old one
+    (fourth,) = made(0.04)
+    assert second.exists() and fourth.exists() and not third.exists()
 
 
 def test_a_folder_that_cannot_be_written_is_named(
@@ -145,8 +165,11 @@ def test_what_a_start_reads_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its text is CPython's own by default, which another Python has otherwise."""
     stack = ip.quantize(bits=4, group=16, method=ip.distilled(IDS, start=gptq()))
     before = stack.digest()
+    draft = ip.speculative(draft=ip.self_draft(stack | ip.cache_kv()))
+    assert draft.digest() and not ip.speculative(draft=ip.self_draft(ip.quantize(bits=4))).digest()
+    drafted = draft.digest()
     monkeypatch.setattr("infopt.texts.topics", lambda split: "another text")
-    assert stack.digest() != before
+    assert stack.digest() != before and draft.digest() != drafted
 
 
 def test_nothing_is_kept_of_a_family_of_ones_own(folder: Path, llama: tuple[ip.Model, Any]) -> None:

@@ -49,7 +49,7 @@ def changed(model: ip.Model, params: Any, method: Any, **how: Any) -> dict[str, 
 @pytest.mark.parametrize("family", STREAMS)
 @pytest.mark.parametrize("name", METHODS)
 def test_scaling_alone_changes_nothing(name: str, family: str) -> None:
-    """With 8 bits on matrices that nothing scales, and the scaled ones put back as they would be without rounding."""
+    """What is scaled, and what feeds it, put back without rounding: the logits are those of the base."""
     model, params = ip.testing.base_of(family)
     params = with_outliers(model, params)
     seen: dict[str, Any] = {}
