@@ -283,18 +283,18 @@ def check_apart(stack: Model, before: Model, evaluation: Windows) -> None:
       evaluation: the windows that it is measured on.
 
     Raises:
-      EvaluationError: they share a run of 32 tokens, or a whole window of fewer.
+      EvaluationError: they share a run of 32 tokens, or of as many as the windows of one of them have.
     """
     for transform, model in stack.transforms(before):
         if read := transform.reads(model):
-            n = min(32, *map(len, read))
+            n = min(32, evaluation.length, *map(len, read))
             if shared := _shared(read, evaluation, n):
                 raise EvaluationError(
                     f"calibration and evaluation overlap: {shared} runs of {n} tokens of the evaluation stand in what "
                     f"{transform!r} reads.",
                     why="what was fitted to a text scores too well on it.",
                     fix="another text for one of them"
-                    + (", or windows of length=32 and more, if short phrases are all they share" if n < 32 else ""),
+                    + (", or length=32 and more for both, where short phrases are all they share" if n < 32 else ""),
                 )
 
 

@@ -10,7 +10,7 @@ import jax
 import pytest
 
 import infopt as ip
-from infopt.errors import InfoptError, PromptError, TransformOrderError
+from infopt.errors import EvaluationError, InfoptError, PromptError, TransformOrderError
 from infopt.planner import nbytes
 
 TEXT = [n * n % 61 for n in range(300)]
@@ -129,7 +129,7 @@ def test_only_what_fits_is_measured_by_matrix(base: Base, seen: list[ip.Model]) 
     assert len(seen) == 3 and [way.weights is None for way in found.ways] == [False, True]
     with pytest.raises(InfoptError, match="hold no such model"):
         fit(base, least - 1, beside)
-    with pytest.raises(InfoptError, match=r"sliding_window.*fit_memory\(segments=1\): the layers are 2 runs"):
+    with pytest.raises(InfoptError, match=r"beside sliding_window.*segments=1: the layers are 2 runs"):
         fit(base, 10_000_000, ["cache_kv()", "sliding_window(16, layers=[0]) | cache_kv()"], segments=1)
     assert len(seen) == 3
 
@@ -168,3 +168,12 @@ def test_too_little_memory_and_wrong_ways_are_refused(base: Base) -> None:
     gpt2 = ip.models.gpt2(layers=2, context=64)
     with pytest.raises(PromptError, match="a context of 65 tokens"):
         fit((gpt2, gpt2.init(jax.random.key(0))), 10_000_000, context=65)
+
+
+def test_a_way_whose_method_read_the_text_is_refused_first(seen: list[ip.Model]) -> None:
+    model = ip.models.llama(layers=2, heads=4, kv_heads=2, context=64, tied=False)
+    method = ip.gptq(TEXT, tokens=128, length=32)
+    way = ip.quantize(bits=8, where="head", method=method) | ip.cache_kv()
+    with pytest.raises(EvaluationError, match="calibration and evaluation overlap"):
+        fit((model, model.init(jax.random.key(0))), 10_000_000, ["cache_kv()", way])
+    assert not seen

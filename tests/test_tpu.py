@@ -107,7 +107,7 @@ def test_the_integer_product_is_the_default_and_copies_no_weights() -> None:
 @pytest.mark.parametrize("rows", [1, 256])
 @pytest.mark.parametrize(
     "form",
-    [Format(name, group, "float16") for name, group in (("int4", 32), ("int4", 16), ("int4", 256), ("int8", 32))],
+    [Format(name, group, "float16") for name, group in (("int4", None), ("int4", 32), ("int4", 16), ("int8", 2048))],
     ids=lambda f: f"{f.name}, {f.group}",
 )
 def test_the_integer_product_of_groups_compiles(form: Format, rows: int, generation: str) -> None:

@@ -307,9 +307,10 @@ def _key(stack: Model, about: Mapping[str, Any], metrics: Sequence[str]) -> str:
         about["model"]["digest"],
         about["text"]["digest"],
         about["versions"],
-        source() if any(digest for _, digest in stack.recipe.steps) else None,  # a method's result is its code's too
         [about["decoding"] if metric == "decode" else metric for metric in metrics if metric in ("decode", "greedy")],
     ]
+    if any(digest for _, digest in stack.recipe.steps):  # a method's result depends on its code, and on those before it
+        parts.append(source("transforms"))
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 

@@ -12,7 +12,7 @@ from infopt.budget.alone import plain
 from infopt.budget.mixed import FORMATS, SEGMENTS, Mixed, check_reach, chosen, least_bytes, scores_of
 from infopt.budget.sensitivity import TOKENS, Sensitivity, measured, outlined, windows_of
 from infopt.errors import InfoptError, human
-from infopt.evaluate import Scores, measure
+from infopt.evaluate import Scores, check_apart, measure
 from infopt.generation import BUCKETS
 from infopt.methods import Method
 from infopt.model import Model, Weights, check_length, params_digest
@@ -200,6 +200,7 @@ def fit_memory(
 
     Raises:
       InfoptError: no way fits, one has no cache, or there are too few segments.
+      EvaluationError: a way has a method, which reads of the text.
       TransformOrderError: a way packs weights already.
       PromptError: a context beyond the model's.
 
@@ -219,6 +220,7 @@ def fit_memory(
         raise InfoptError("nothing was given beside weights.", why="one way is chosen.", fix=f"beside={BESIDE[:1]!r}")
     cut, kinds, parts = windows_of(model, text, tokens), dict[_Kind, tuple[Model, Sensitivity]](), list[_Parts]()
     for transform, stack in stacks:
+        check_apart(stack, model, cut)
         own = stack.convert(params, model)
         kind = plain(stack).replace(kv=None), params_digest(own)
         _, s = kinds.setdefault(kind, (stack, outlined(stack, formats, group)))
@@ -237,8 +239,10 @@ def fit_memory(
             fix="more memory, a shorter context, narrower formats, or other things beside",
         )
     for part in fitting:
-        what = f"weights beside {part.beside!r}, fit_memory"
-        check_reach(kinds[part.kind][1], part.bits, "stored", segments, what)
+        try:
+            check_reach(kinds[part.kind][1], part.bits, "stored", segments)
+        except InfoptError as error:
+            raise InfoptError(f"beside {part.beside!r}, {error.what}", why=error.why, fix=error.fix) from error
     found = dict[_Kind, Sensitivity]()
     for kind in dict.fromkeys(part.kind for part in fitting):
         stack, outline = kinds[kind]

@@ -263,7 +263,7 @@ def chosen(s: Sensitivity, budget: float, count: str, most: int) -> tuple[str, .
     return tuple(s.formats[choice[place]] for place in at)
 
 
-def check_reach(s: Sensitivity, budget: float, count: str, most: int, what: str = "mixed") -> None:
+def check_reach(s: Sensitivity, budget: float, count: str, most: int) -> None:
     """Raise unless some choice is within the budget and the number of segments. No KL is needed for that.
 
     Raises:
@@ -281,7 +281,7 @@ def check_reach(s: Sensitivity, budget: float, count: str, most: int, what: str 
     least_runs = 1 + int((groups[1:] != groups[:-1]).sum()) - _outside(s)
     if most < least_runs:
         raise InfoptError(
-            f"{what}(segments={most}): the layers are {least_runs} runs already.",
+            f"segments={most}: the layers are {least_runs} runs already.",
             why="they differ in their windows, or in which of their matrices are chosen for.",
             fix=f"segments >= {least_runs}",
         )

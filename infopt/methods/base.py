@@ -252,7 +252,7 @@ def text_of(text: Any, what: str) -> str | tuple[int, ...] | None:
         ids: Any = np.asarray(text)
     except ValueError:  # rows of different lengths
         ids = np.zeros((0, 0), np.int32)
-    if ids.ndim != 1 or not ids.size or ids.dtype.kind not in "iu":
+    if ids.ndim != 1 or not ids.size or ids.dtype.kind not in "iu" or ids.max() > np.iinfo(np.int64).max:
         raise InfoptError(
             f"{what} was given {type(text).__name__} to read.",
             why="a method reads a text, as the model would.",

@@ -112,12 +112,14 @@ def _of_the_library(family: Family) -> bool:
 
 
 @functools.cache
-def source() -> str:
-    """A hash of the code that a result depends on."""
+def source(*more: str) -> str:
+    """A hash of the code that a method's result depends on, and of `more` rooms."""
     versions = [importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy", "optax")]
     package, found = Path(__file__).parents[1], hashlib.sha256(json.dumps(versions).encode())
     names = ("cache", "formats", "hadamard", "masks", "model", "ops", "qtensor", "spec")
-    rooms = (file for room in ("methods", "models", "kernels") for file in sorted(package.glob(f"{room}/**/*.py")))
+    rooms = (
+        file for room in ("methods", "models", "kernels", *more) for file in sorted(package.glob(f"{room}/**/*.py"))
+    )
     for file in (*rooms, *(package / f"{name}.py" for name in names)):
         found.update(file.read_bytes())
     return found.hexdigest()

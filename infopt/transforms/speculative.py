@@ -36,6 +36,14 @@ class SelfDraft:
             weights, model = step.params(weights, model, after.spec), after
         return weights
 
+    def reads(self, target: Model) -> list[Any]:
+        """What its steps read, each on what those before it make of the target."""
+        found, model = [], Model(target.spec.replace(weights=()), tokenizer=target.tokenizer)
+        for step in () if self.transform is None else self.transform.steps:
+            found += step.reads(model)
+            model = step(model)
+        return found
+
     def digest(self) -> str:
         """A hash of what its steps hold; "" where they hold nothing."""
         held = [] if self.transform is None else [step.digest() for step in self.transform.steps]
@@ -108,6 +116,9 @@ class Speculative(Transform):
             check_params(self.draft.spec, extra["draft"])
             return weights.join("draft.", Weights.of(self.draft.spec, extra["draft"]))
         return weights.join("draft.", self.draft.params(weights, before))
+
+    def reads(self, model: Model) -> list[Any]:
+        return [] if isinstance(self.draft, Model) else self.draft.reads(model)
 
     def digest(self) -> str:
         return "" if isinstance(self.draft, Model) else self.draft.digest()

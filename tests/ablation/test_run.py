@@ -340,6 +340,12 @@ def test_a_text_that_a_method_read_is_not_measured_on() -> None:
     with pytest.raises(EvaluationError, match="1 runs of 8 tokens") as e:  # a phrase, that may be chance
         ip.ablate(model, params, {"mine": short}, text=text[:200].tolist(), metrics=["ppl"])
     assert "length=32" in e.value.fix
+    for length in (16, 31):  # windows that hold no 32 tokens
+        with pytest.raises(EvaluationError, match=f"runs of {length} tokens"):
+            ip.ablate(model, params, {"mine": stack}, text=text[400:].tolist(), length=length, metrics=["ppl"])
+    draft = ip.cache_kv() | ip.speculative(draft=ip.self_draft(ip.quantize(bits=4, group=32, method=method)))
+    with pytest.raises(EvaluationError, match="calibration and evaluation overlap"):
+        ip.ablate(model, params, {"mine": draft}, text=text[:200].tolist(), metrics=["ppl"])
 
 
 def test_a_row_of_a_method_is_measured_anew_by_other_code(
@@ -350,6 +356,6 @@ def test_a_row_of_a_method_is_measured_anew_by_other_code(
     ablate(rows, out=tmp_path)
     ablate(rows, out=tmp_path)
     assert measured == ["fp32", "gptq", "int8"]
-    monkeypatch.setattr("infopt.ablation.run.source", lambda: "changed")
+    monkeypatch.setattr("infopt.ablation.run.source", lambda *_: "changed")
     ablate(rows, out=tmp_path)
     assert measured == ["fp32", "gptq", "int8", "gptq"]

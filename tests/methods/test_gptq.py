@@ -207,7 +207,8 @@ def test_what_it_cannot_read_is_refused(method: Any, said: str, llama: tuple[ip.
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (dict(text=1.5), "to read"), (dict(text=[[1]]), "to read"), (dict(tokens=0), "tokens=0"),
+        (dict(text=1.5), "to read"), (dict(text=[[1]]), "to read"), (dict(text=[2**63]), "to read"),
+        (dict(tokens=0), "tokens=0"),
         (dict(length=True), "length=True"), (dict(damp=-1), "damp=-1"), (dict(damp="1"), "damp='1'"),
         (dict(order=1), "order=1"),
     ],

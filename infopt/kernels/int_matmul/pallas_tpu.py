@@ -26,7 +26,7 @@ from infopt.qtensor import of_layer, split_planes
 from infopt.typing import Array
 
 ROWS, COLUMNS, TERMS = 256, 512, 2048
-"""The largest block: 0.5 MiB of rows, 1 of the matrix, both fetched twice, and 0.5 of sums."""
+"""The largest block: 0.5 MiB of each plane of rows, 1 of the matrix, both fetched twice, and 0.5 of sums."""
 SUMS = 512
 """Rows times groups in one product, at most: 1 MiB of sums."""
 LANES, SUBLANES = 128, 32
@@ -42,7 +42,7 @@ def refuses(call: Call) -> str:
     if row.bits not in (8, 4) or (row.bits == 8 and row.code_dtype != "int8"):
         return f"weights in {form.name}; it multiplies by int8, and by 4 bits two to a byte."
     if row.minimum or call.weight.zero is not None:
-        return f"weights in {form.name}, which have minima or zero points; its levels are about 0."
+        return f"weights in {form.name}, which have minima or zero points; it takes levels about 0 alone."
     if 0 in (*call.codes.shape, *call.weight.shape):
         return "there is nothing to multiply."
     each = _each(call)
