@@ -250,8 +250,9 @@ def kernels() -> Iterator[Case]:
         yield decode_case(f"decode, 8k, pages of 16, {kept}", 1, 8192, bits=bits, page=16)
         yield decode_case(f"chunk of 128, 8k, {kept}", 128, 8192, bits=bits)
     for rows in (1, 256):
-        name = f"product of {rows} x 4096 and 4096 x 14336, 8 bits"
-        yield product_case(name, rows, 4096, 14336, Format("int8"), implementation="pallas_tpu")
+        name = f"product of {rows} x 4096 and 4096 x 14336"
+        for kept, form in {"8 bits": Format("int8"), "4 bits in groups of 32": Format("int4", 32, "float16")}.items():
+            yield product_case(f"{name}, {kept}", rows, 4096, 14336, form, implementation="pallas_tpu")
 
 
 def steps() -> Iterator[Case]:

@@ -114,7 +114,7 @@ def forward(call: Call, interpret: bool = False) -> Array:
             flops=2 * m * columns * k * len(planes) * (how.shared if how else 1),
             transcendentals=0,
             bytes_accessed=m * k * len(planes) * pl.cdiv(columns, block[1])
-            + columns * (k + 4 * steps * groups) * (m // block[0])
+            + (columns * k + 4 * of_column.size) * (m // block[0])
             + m * columns * jnp.dtype(call.dtype).itemsize,
         ),
         interpret=interpret,
