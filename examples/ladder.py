@@ -83,7 +83,7 @@ def page(files: list[Path]) -> str:
     parts = ["# The ladder\n", "Printed by `python examples/ladder.py --page`; how, says its docstring.\n"]
     for told in (json.loads(file.read_text()) for file in files):
         cells = {row["name"]: row for row in told["rows"]}
-        names = list(dict.fromkeys(name.split(", ", 2)[2] for name in cells))
+        names = sorted({name.split(", ", 2)[2] for name in cells}, key=lambda name: place(f"4 bits, 32, {name}"))
         grids = list(dict.fromkeys(", ".join(name.split(", ", 2)[:2]) for name in cells))
         parts += [f"## {told['model']}\n", told["title"] + "\n"]
         for what, of in (("KL to the base, nats a token", kl_cell), ("Perplexity to the base", ppl_cell)):
