@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from infopt.kernels.int_matmul.call import Call
-from infopt.qtensor import of_layer, split_planes
+from infopt.qtensor import of_layer, split_planes, unpack
 from infopt.typing import Array
 
 ROWS, COLUMNS, TERMS = 256, 512, 2048
@@ -166,8 +166,8 @@ def _levels(codes: Array, row: Any) -> list[Array]:
     """Planes of levels, int8, of bytes."""
     if row.bits == 8:
         return [codes]
-    x = codes.astype(jnp.int32)
-    return [((x >> at & 15) - row.zero).astype(jnp.int8) for at in (0, 4)]
+    found = unpack(codes.astype(jnp.int32), row.bits, 2 * codes.shape[-1])
+    return [(plane - row.zero).astype(jnp.int8) for plane in found]
 
 
 def _apart(x: Array, shared: int) -> Array:
