@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from typing import Any, ClassVar, final
 
+from infopt import texts
 from infopt.errors import InfoptError
 from infopt.model import Model, Weights, check_params
 from infopt.spec import Spec, Speculation
@@ -47,7 +47,7 @@ class SelfDraft:
     def digest(self) -> str:
         """A hash of what its steps hold; "" where they hold nothing."""
         held = [] if self.transform is None else [step.digest() for step in self.transform.steps]
-        return hashlib.sha256(" ".join(held).encode()).hexdigest()[:12] if any(held) else ""
+        return texts.digest(" ".join(held)) if any(held) else ""
 
     def __repr__(self) -> str:
         return f"self_draft({'' if self.transform is None else repr(self.transform)})"
