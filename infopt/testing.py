@@ -622,6 +622,7 @@ def cheap_compilation() -> str:
     Nothing that is tested for its numbers needs the compiler's effort; never measure speed under these.
     """
     flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_max_isa=AVX2"
+    flags += " --xla_cpu_parallel_codegen_split_count=1"
     jaxlib = tuple(map(int, metadata.version("jaxlib").split(".")[:2]))
     # an unknown flag ends the process, and later releases have this one no more
     return flags + " --xla_cpu_use_fusion_emitters=false" * (jaxlib < (0, 11))

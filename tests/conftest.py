@@ -39,6 +39,7 @@ os.environ.setdefault("XLA_FLAGS", cheap_compilation())
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_traceback_in_locations_limit", 0)  # nobody reads here what line an operation is of
 gc.set_threshold(50_000)  # tracing makes many small objects, and to look for rings of them took a twentieth of the time
 
 
