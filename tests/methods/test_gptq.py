@@ -54,8 +54,9 @@ def harm(w: np.ndarray, q: Any, gram: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("order", [True, False])
 @pytest.mark.parametrize("form", [Format("int4", 16), Format("int3", 32), Format("int8", None, "float32")], ids=str)
-def test_it_is_the_papers_algorithm(form: Format, order: bool) -> None:
-    w, gram = problem()
+@pytest.mark.parametrize("width", [64, 192], ids=["one block", "two blocks"])
+def test_it_is_the_papers_algorithm(width: int, form: Format, order: bool) -> None:
+    w, gram = problem(width=width)
     found, fine = solved(jnp.asarray(w), gram, format=form, order=order)
     assert bool(fine)
     got, want = np.asarray(dequantize_array(found), np.float64), paper(w, gram, form, 0.01, order)
